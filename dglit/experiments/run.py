@@ -90,7 +90,7 @@ def _finite(o):
     "JSON has no infinity and no NaN: None stands for them."
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k,v in o.items()}
 
-# %% ../../nbs/60_experiments.run.ipynb #f3ec5e04
+# %% ../../nbs/60_experiments.run.ipynb #8556c9e0
 def learner_of(
     spec:Spec, # What to run
     digits:Digits=None # The source's digits, if already loaded
@@ -102,7 +102,8 @@ def learner_of(
     set_seed(spec.seed)
     dls = make(digits, bs=spec.bs, seed=spec.seed, **spec.data)
     sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=spec.momentum, nesterov=True, fused=True)
-    return domain_learner(dls, model(c_out=dls.c), [method(**spec.settings)] if method else [], selection=spec.selection,
+    x = dls.one_batch()[0]
+    return domain_learner(dls, model(x.shape[1], dls.c, x.shape[-1]), [method(**spec.settings)] if method else [], selection=spec.selection,
         opt_func=sgd, wd=spec.wd, cbs=[TerminateOnNaNCallback()] + [BFloat16()]*(spec.precision == 'bf16'))
 
 # %% ../../nbs/60_experiments.run.ipynb #23ca231c

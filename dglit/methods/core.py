@@ -15,45 +15,46 @@ from torch import Tensor, nn
 
 from ..core import DglitError
 
-# %% ../../nbs/40_methods.core.ipynb #fc572911
-def body_of(model:nn.Module) -> nn.Module:
-    "The feature extractor of a model: its `body`, or the first of the two parts that fastai's `vision_learner` makes."
+# %% ../../nbs/40_methods.core.ipynb #87fe41a8
+def body_of(
+    model:nn.Module # A model with a `body`, or a fastai vision model
+) -> nn.Module: # The module whose output are the features
+    "The feature extractor of a model."
     if hasattr(model, 'body'): return model.body
     if isinstance(model, nn.Sequential) and len(model) == 2: return model[0]
     raise DglitError(f"{type(model).__name__} has neither a `body` nor the two parts (body, head) of a fastai vision model: "
-                     "name the module whose output are the features, e.g. RCL(module=model.layer4)")
+                     "name the module whose output are the features, as in RCL(module=model.layer4)")
 
-# %% ../../nbs/40_methods.core.ipynb #d258ea3a
+# %% ../../nbs/40_methods.core.ipynb #faa22a90
 class Method(Callback):
-    "Adds `weight * self.term()` to the training loss, and logs the term's mean over the epoch."
-    order,run_valid = 5,False        # before fastai's gradient accumulation (6) and mixed precision (10)
+    "Adds `weight * self.term()` to the training loss and logs the term's mean over each epoch."
+    order,run_valid = 5,False
     def __init__(self,
-        weight=1., # Weight of the term: a number, or a fastai schedule of the share of training done
-        module:nn.Module=None # Module whose output are the features; None: the model's body
+        weight=1., # Weight of the term: a number, or a fastai schedule
+        module:nn.Module|None=None # Module whose output are the features; None: the model's body
     ): self.weight,self.module = weight,module
 
-    def term(self) -> Tensor:
-        "The loss term of this batch, a scalar; `features` and `y` are at hand."
-        raise AttributeError(f"{type(self).__name__} must define `term`")
+    def term(self) -> Tensor: # A scalar
+        "This batch's term, from `self.features`, `self.pred`, `self.x`, `self.y`."
+        raise AttributeError(f"{type(self).__name__} must define term(), the scalar that is added to the loss")
 
     @property
     def features(self): return self.hook.stored
 
     def before_fit(self):
-        self.after_fit()                                       # what an interrupted fit may have left
+        self.after_fit() # in case an error ended the last fit
         self.hook = hook_output(self.module or body_of(self.model), detach=False)
-        self.metric = ValueMetric(lambda: self.total/max(self.n, 1), self.name)
+        self.total,self.count = 0.,0
+        self.metric = ValueMetric(lambda: self.total/max(self.count, 1), self.name)
         self.learn.metrics = self.learn.metrics + [self.metric]
 
-    def before_train(self): self.total,self.n = 0.,0
+    def before_train(self): self.total,self.count = 0.,0
 
     def after_loss(self):
         term = self.term()
-        self.learn.loss_grad = self.learn.loss_grad + self.current_weight*term
-        self.total,self.n = self.total + term.detach(), self.n + 1
-
-    @property
-    def current_weight(self): return self.weight(self.learn.pct_train) if callable(self.weight) else self.weight
+        weight = self.weight(self.pct_train) if callable(self.weight) else self.weight
+        self.learn.loss_grad = self.loss_grad + weight*term
+        self.total,self.count = self.total + term.detach(), self.count + 1
 
     def after_fit(self):
         if not hasattr(self, 'hook'): return

@@ -7,23 +7,22 @@ Docs: https://dglit.github.io/dglit/methods.rcl.html.md"""
 # %% auto #0
 __all__ = ['RCL']
 
-# %% ../../nbs/41_methods.rcl.ipynb #7a06d465
+# %% ../../nbs/41_methods.rcl.ipynb #97052cc1
 from math import inf
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..core import DglitError
 from ..losses.rcl import reverse_contrastive_loss
 from .core import Method
 
-# %% ../../nbs/41_methods.rcl.ipynb #87c3264a
+# %% ../../nbs/41_methods.rcl.ipynb #1cfbb2dc
 class RCL(Method):
-    "Reverse contrastive loss (Algorithm 1): cross-entropy + `weight` x `reverse_contrastive_loss` of the body's features."
+    "Reverse contrastive loss (Duboudin et al., Algorithm 1): spreads the features of each class."
     def __init__(self,
         weight=1., # alpha of Algorithm 1: a number, or a fastai schedule
-        margin:float=inf, # m of Eq. 1, in (0, inf]
-        per:str='feature', # Whose extremes rescale the features: see `rescale`
-        module:nn.Module=None # Module whose output are the features; None: the model's body
+        margin:float=inf, # m of Eq. 1, in (0, inf]; below 1 it keeps classes apart, inf: no limit
+        per:str='feature', # What has extremes of its own when features are rescaled: see `rescale`
+        module:nn.Module|None=None # Module whose output are the features; None: the model's body
     ):
         super().__init__(weight, module)
         self.margin,self.per = float(margin),per
