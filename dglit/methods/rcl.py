@@ -7,15 +7,15 @@ Docs: https://dglit.github.io/dglit/methods.rcl.html.md"""
 # %% auto #0
 __all__ = ['RCL']
 
-# %% ../../nbs/41_methods.rcl.ipynb #97052cc1
+# %% ../../nbs/41_methods.rcl.ipynb #d4e7e640
 from math import inf
 
 from torch import nn
 
-from ..losses.rcl import reverse_contrastive_loss
+from ..losses.rcl import check_margin, reverse_contrastive_loss
 from .core import Method
 
-# %% ../../nbs/41_methods.rcl.ipynb #1cfbb2dc
+# %% ../../nbs/41_methods.rcl.ipynb #b2afbbae
 class RCL(Method):
     "Reverse contrastive loss (Duboudin et al., Algorithm 1): spreads the features of each class."
     def __init__(self,
@@ -26,5 +26,6 @@ class RCL(Method):
     ):
         super().__init__(weight, module)
         self.margin,self.per = float(margin),per
+        check_margin(self.margin)
 
     def term(self): return reverse_contrastive_loss(self.features, self.y, self.margin, self.per)
