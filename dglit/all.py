@@ -5,6 +5,7 @@ from dglit.core import *
 from dglit.data.loaders import *
 from dglit.data.mnist import *
 from dglit.data.mnist_mp import *
+from dglit.experiments.latent import *
 from dglit.experiments.run import *
 from dglit.experiments.sweep import *
 from dglit.experiments.tables import *
