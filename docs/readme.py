@@ -1,9 +1,8 @@
 "Write README.md from nbs/index.ipynb: its text, its code, what the code printed, its pictures."
-import base64, json
+import base64, json, re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SITE = 'https://dglit.github.io/dglit'
 
 
 def readme():
@@ -12,7 +11,7 @@ def readme():
     for cell in json.loads((ROOT/'nbs/index.ipynb').read_text(encoding='utf-8'))['cells']:
         source = ''.join(cell['source'])
         if cell['cell_type'] == 'markdown':
-            parts.append(source.replace('.ipynb)', '.html)'))
+            parts.append(re.sub(r'\]\(([\w.]+\.ipynb)\)', r'](nbs/\1)', source))
             continue
         options = [line[2:].strip() for line in source.splitlines() if line.startswith('#|')]
         if 'hide' in options: continue
@@ -26,9 +25,8 @@ def readme():
                 pictures[path] = base64.b64decode(''.join(data['image/png']))
                 parts.append(f'![{caption}]({path})\n\n*{caption}*')
             elif 'text/markdown' in data: parts.append(''.join(data['text/markdown']))
-    text = '\n\n'.join(parts) + '\n'
-    for page in (ROOT/'nbs').glob('*.ipynb'): text = text.replace(f']({page.stem}.html)', f']({SITE}/{page.stem.split("_", 1)[-1]}.html)')
-    return '<!-- Written from nbs/index.ipynb by docs/readme.py: edit the notebook. -->\n\n' + text, pictures
+    head = '<!-- Written from nbs/index.ipynb by docs/readme.py: edit the notebook. -->'
+    return '\n\n'.join([head, *parts]) + '\n', pictures
 
 
 if __name__ == '__main__':

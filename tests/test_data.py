@@ -1,0 +1,101 @@
+"Files that are missing, cut or wrong; loaders inside fastai."
+import gzip, struct
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+import fastai.callback.schedule  # lr_find
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from torch import nn
+
+from dglit.core import DataError
+from dglit.data import mnist
+from dglit.data.mnist import load_mnist
+from dglit.data.mnist_mp import mnist_mp
+
+
+def idx(a): return bytes([0, 0, 8, a.ndim]) + struct.pack(f'>{a.ndim}I', *a.shape) + a.tobytes()
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    "A folder with an MNIST of 6 training and 4 test digits, as gzipped IDX files."
+    monkeypatch.setattr(mnist, '_counts', dict(train=6, test=4))
+    raw = tmp_path/'MNIST'/'raw'
+    raw.mkdir(parents=True)
+    for k, name in mnist._files.items():
+        n = mnist._counts[k[2:]]
+        a = np.arange(n*784, dtype=np.uint8).reshape(n, 28, 28) if k[0] == 'x' else np.arange(n, dtype=np.uint8)
+        (raw/f'{name}.gz').write_bytes(gzip.compress(idx(a)))
+    return tmp_path
+
+
+def test_reads_gzipped_and_plain(small, monkeypatch):
+    d = load_mnist(small, download=False)
+    assert d.x_train.shape == (6, 28, 28) and d.y_test.tolist() == [0, 1, 2, 3] and d.y_test.dtype == np.int64
+    for f in (small/'MNIST'/'raw').iterdir(): f.with_suffix('').write_bytes(gzip.decompress(f.read_bytes())); f.unlink()
+    monkeypatch.setenv('DGLIT_DATA', str(small))
+    assert np.array_equal(load_mnist(download=False).x_train, d.x_train)
+
+
+@pytest.mark.parametrize('spoil,says', [
+    (lambda f: f.write_bytes(gzip.compress(idx(np.zeros((5, 28, 28), np.uint8)))), r'shape \(5, 28, 28\), expected \(6, 28, 28\)'),
+    (lambda f: f.write_bytes(gzip.compress(idx(np.zeros((6, 28, 28), np.uint8))[:-7])), '4697 bytes of data, expected 4704'),
+    (lambda f: f.write_bytes(gzip.compress(idx(np.zeros(6, np.uint8)))), 'magic number 00000801'),
+    (lambda f: f.write_bytes(f.read_bytes()[:50]), 'cannot be read'),
+    (lambda f: f.write_bytes(b'<html>'), 'magic number'),
+    (lambda f: f.write_bytes(b''), 'magic number'),
+    (lambda f: f.unlink(), 'lacks train-images-idx3-ubyte')])
+def test_a_wrong_file_is_named(small, spoil, says):
+    f = small/'MNIST'/'raw'/'train-images-idx3-ubyte.gz'
+    spoil(f)
+    with pytest.raises(DataError, match=says) as e: load_mnist(small, download=False)
+    assert 'train-images' in str(e.value) and 'load_digits()' in str(e.value)
+
+
+def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
+    def broken(root, download):
+        raw = tmp_path.__class__(root)/'MNIST'/'raw'
+        raw.mkdir(parents=True)
+        (raw/'train-images-idx3-ubyte').write_bytes(b'half')
+        raise RuntimeError('connection lost')
+    monkeypatch.setattr(torchvision.datasets, 'MNIST', broken)
+    with pytest.raises(DataError, match=r'download failed \(connection lost\).*DGLIT_DATA.*load_digits'): load_mnist(tmp_path)
+    assert not [f for f in tmp_path.rglob('*') if f.is_file()]
+
+
+def test_a_download_is_moved_into_place(small, tmp_path_factory, monkeypatch):
+    import shutil
+    monkeypatch.setattr(torchvision.datasets, 'MNIST', lambda root, download: shutil.copytree(small/'MNIST', f'{root}/MNIST'))
+    new = tmp_path_factory.mktemp('new')
+    assert len(load_mnist(new).x_train) == 6 and sorted(o.name for o in new.iterdir()) == ['MNIST']
+    assert len(load_mnist(new, download=False).x_train) == 6
+
+
+@pytest.fixture
+def learn(digits):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3*28*28, 10))
+    return Learner(mnist_mp(digits, bs=100, size=28), net, CrossEntropyLossFlat())
+
+
+def test_loaders_in_fastai(learn, digits):
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3)
+        preds, targets = learn.get_preds(dl=learn.dls.tests['grey'])
+        assert preds.shape == (599, 10) and targets.tolist() == digits.y_test.tolist()
+        assert learn.get_preds(ds_idx=0)[1].tolist() == digits.y_train.tolist()              # unshuffled, nothing dropped
+        shuffled = learn.get_preds(dl=learn.dls.train.new(drop_last=True))                     # put back in order
+        assert shuffled[1].tolist() == digits.y_train.tolist()
+        assert learn.validate(dl=learn.dls.tests['grey'])[0] > 0
+        x, _, t = learn.get_preds(dl=learn.dls.valid, with_input=True)
+        assert torch.equal(x, learn.dls.valid.new(bs=None).one_batch()[0])
+        assert isinstance(learn.lr_find(show_plot=False, num_it=20).valley, float)
+
+
+def test_memory_is_that_of_the_tensors(learn):
+    tensors = sum(t.numel()*t.element_size() for dl in learn.dls.loaders for t in dl.dataset.tensors)
+    images = 3*28*28*(1198 + 2*599)
+    assert tensors == images + 8*(1198 + 2*599)               # a byte a pixel

@@ -1,0 +1,96 @@
+"Types, devices, transforms and properties that the notebook of the loss leaves out."
+from math import inf
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dglit.core import DglitError
+from dglit.losses.rcl import l1_distances, rescale, reverse_contrastive_loss
+
+MARGINS = [0.2, 0.4, 0.6, 0.8, 0.9, 1., inf]
+
+
+def loop(f, y, m):
+    "Algorithm 1 on rescaled features."
+    total = f.sum()*0
+    for i in range(len(f)):
+        d = (f[i] - f).abs().sum(1)
+        mates = [j for j in range(len(f)) if y[j] == y[i] and j != i]
+        if not mates: continue
+        p = min(mates, key=lambda j: d[j].item())
+        d_n = min((d[j].item() for j in range(len(f)) if y[j] != y[i]), default=inf)
+        if m == inf or d[p].item() < m*d_n: total = total - (f[i] - f[p].detach()).abs().sum()
+    return total/len(f)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 24), st.integers(1, 6), st.integers(1, 5), st.sampled_from(MARGINS), st.integers(0, 2**31))
+def test_equals_the_loop(n, d, classes, m, seed):
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(n, d, generator=g, dtype=torch.float64), torch.randint(classes, (n,), generator=g)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    fast, slow = reverse_contrastive_loss(a, y, m), loop(rescale(b), y, m)
+    assert torch.allclose(fast, slow, atol=1e-12)
+    fast.backward(); slow.backward()
+    assert torch.allclose(a.grad, b.grad, atol=1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 24), st.sampled_from(MARGINS), st.integers(0, 2**31), st.floats(0.01, 100), st.floats(-10, 10))
+def test_scale_and_shift_of_features_do_not_matter(n, m, seed, scale, shift):
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(n, 5, generator=g, dtype=torch.float64), torch.randint(3, (n,), generator=g)
+    assert torch.allclose(reverse_contrastive_loss(x, y, m), reverse_contrastive_loss(x*scale + shift, y, m), atol=1e-9)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('m', MARGINS)
+@pytest.mark.parametrize('y', [torch.zeros(8), torch.arange(8), torch.arange(8) // 2], ids=['one class', 'no mates', 'pairs'])
+def test_types_and_degenerate_batches(dtype, m, y):
+    x = torch.randn(8, 2, 3, 3).to(dtype).requires_grad_()
+    loss = reverse_contrastive_loss(x, y.long(), m)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and loss.isfinite() and loss <= 0
+    loss.backward()
+    assert x.grad.dtype == dtype and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('per', ['feature', 'channel', 'batch'])
+def test_autocast(per):
+    conv = torch.nn.Conv2d(3, 8, 3)
+    x, y = torch.randn(16, 3, 8, 8), torch.arange(16) % 4
+    with torch.autocast('cpu', torch.bfloat16):
+        f = conv(x)
+        loss = reverse_contrastive_loss(f, y, .9, per)
+    assert f.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert torch.equal(loss, reverse_contrastive_loss(f.float(), y, .9, per))
+    loss.backward()
+    assert conv.weight.grad.isfinite().all()
+
+
+def test_vmap_and_grad():
+    f, y = torch.randn(3, 12, 5), torch.randint(0, 3, (3, 12))
+    many = torch.func.vmap(lambda a, b: reverse_contrastive_loss(a, b, .9))(f, y)
+    assert torch.allclose(many, torch.stack([reverse_contrastive_loss(a, b, .9) for a, b in zip(f, y)]))
+    assert torch.func.vmap(torch.func.grad(reverse_contrastive_loss))(f, y).isfinite().all()
+
+
+def test_traces_without_a_break():
+    f, y = torch.randn(12, 5), torch.randint(0, 3, (12,))
+    compiled = torch.compile(reverse_contrastive_loss, fullgraph=True, backend='eager')
+    assert torch.equal(compiled(f, y, .9), reverse_contrastive_loss(f, y, .9))
+
+
+def test_distances_carry_no_gradient(): assert not l1_distances(torch.randn(4, 3, requires_grad=True)).requires_grad
+
+
+def test_unknown_reading():
+    with pytest.raises(DglitError, match="unknown per 'features': did you mean 'feature'"): rescale(torch.randn(2, 3), 'features')
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.parametrize('m', MARGINS)
+def test_cuda_agrees(m):
+    f, y = torch.randn(64, 8, 5, 5), torch.randint(10, (64,))
+    assert torch.allclose(reverse_contrastive_loss(f.cuda(), y.cuda(), m).cpu(), reverse_contrastive_loss(f, y, m), rtol=1e-4)

@@ -1,0 +1,161 @@
+"Training, records, sweeps, the command line."
+import json, os, subprocess, sys
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+
+from dglit.cli import main
+from dglit.core import DglitError
+from dglit.data.mnist import Digits
+from dglit.data.mnist_mp import mnist_mp
+from dglit.experiments.run import Run, Spec, check, fit, learner_of, run
+from dglit.experiments.sweep import record_name, sweep
+from dglit.experiments.tables import TABLES, specs_of
+from dglit.learner import domain_learner, evaluate
+from dglit.methods.rcl import RCL
+from dglit.models.convnet import ConvNet
+
+SHORT = Spec(method='rcl', settings=dict(margin=.9), source='digits', data=dict(size=28), bs=64, epochs=2, precision='fp32')
+
+
+@pytest.fixture(scope='module')
+def few(digits): return Digits(digits.x_train[:256], digits.y_train[:256], digits.x_test[:128], digits.y_test[:128])
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_bit_identical(few, precision):
+    spec = replace(SHORT, precision=precision)
+    a, b = run(spec, few), run(spec, few)
+    assert a.curve == b.curve and a.metrics == b.metrics and a.data_hash == b.data_hash
+    assert a.curve != run(replace(spec, seed=1), few).curve
+
+
+def test_weight_zero_is_erm(few):
+    erm, zero = run(replace(SHORT, method='erm', settings={}), few), run(replace(SHORT, settings=dict(weight=0.)), few)
+    assert erm.curve == [{k: v for k, v in o.items() if k != 'rcl'} for o in zero.curve]
+
+
+def test_looking_at_test_domains_changes_nothing(few):
+    "The same training with and without test domains gives the same weights."
+    a, b = learner_of(SHORT, few), learner_of(SHORT, few)
+    b.dls.tests = {}
+    for learn in (a, b): fit(learn, SHORT)
+    assert all(torch.equal(*o) for o in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+
+
+def test_record_round_trip(few):
+    r = run(replace(SHORT, settings=dict(margin=inf)), few)
+    line = r.to_json()
+    assert 'Infinity' not in line and '\n' not in line
+    back = Run.from_json(line)
+    assert back.curve == r.curve and back.spec.settings == dict(margin='inf')
+    assert run(back.spec, few).curve == r.curve                  # the record is enough to repeat the run
+
+
+def test_a_record_may_lack_fields_that_came_later():
+    d = json.loads(Run(SHORT, 'done', {}, 0, [], 1., '', {}, '').to_json())
+    del d['momentum']
+    assert Run.from_json(json.dumps(d)).spec.momentum == 0.9
+
+
+def test_divergence_is_recorded(few, tmp_path):
+    r, = sweep([replace(SHORT, lr=1e9)], tmp_path)
+    assert r.status == 'diverged' and r.metrics == {} and json.loads((tmp_path/record_name(r.spec)).read_text())['status'] == 'diverged'
+
+
+def test_sweep_in_processes_equals_one_process(tmp_path):
+    specs = specs_of(TABLES['rcl-table2'], 1, ['erm', 'rcl-inf'], source='digits', epochs=1, bs=256, precision='fp32')
+    seen = []
+    both = sweep(specs, tmp_path/'two', jobs=2, finished=lambda r, done, total: seen.append((done, total)))
+    assert sorted(seen) == [(1, 2), (2, 2)] and [r.spec for r in both] == specs
+    assert sorted(o.name for o in (tmp_path/'two').iterdir()) == sorted(record_name(s) for s in specs)
+
+
+def test_sweep_resumes(tmp_path):
+    "Stopped in the middle, a sweep keeps what is done and runs the rest."
+    specs = specs_of(TABLES['rcl-table2'], 3, ['erm'], source='digits', epochs=1, bs=256, precision='fp32')
+    def stop(r, done, total):
+        if done == 1: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): sweep(specs, tmp_path, finished=stop)
+    kept = {o: o.stat().st_mtime_ns for o in tmp_path.iterdir()}
+    assert len(kept) == 1
+    ran = []
+    assert len(sweep(specs, tmp_path, finished=lambda r, *_: ran.append(r.spec.seed))) == 3 and ran == [1, 2]
+    assert all(o.stat().st_mtime_ns == t for o, t in kept.items())
+
+
+@pytest.mark.parametrize('change,says', [
+    (dict(dataset='minst_mp'), "did you mean 'mnist_mp'"), (dict(method='rlc'), "did you mean 'rcl'"), (dict(source='mnits'), "did you mean 'mnist'"),
+    (dict(selection='best'), "did you mean 'best-valid'"), (dict(precision='fp16'), "unknown precision 'fp16'"), (dict(epochs=0), 'needed above 0'),
+    (dict(settings=dict(margins=1)), "did you mean 'margin'"), (dict(settings=dict(margin=-1)), 'not in'), (dict(data=dict(sizes=3)), "did you mean 'size'")])
+def test_mistakes_are_found_before_training(change, says, tmp_path):
+    with pytest.raises(DglitError, match=says): sweep([replace(SHORT, **change)], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rcl_with_fastai_callbacks(few, tmp_path):
+    "Callbacks that watch a metric, stop and save work beside a method, and one that raises leaves no hook behind for long."
+    dls = mnist_mp(few, bs=64)
+    learn = domain_learner(dls, ConvNet(), RCL(weight=.1), path=tmp_path, cbs=[EarlyStoppingCallback('accuracy', patience=1, min_delta=1.), SaveModelCallback('accuracy')])
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(6, 1e-4)
+    assert 1 < len(learn.track_domains.curve) < 6 and (tmp_path/'models/model.pth').exists()
+
+    class Fails(Callback):
+        def after_batch(self): raise RuntimeError('out of luck')
+    with pytest.raises(RuntimeError), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Fails())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert not learn.model.body._forward_hooks and learn.recorder.metric_names.count('rcl') == 1
+    assert list(evaluate(learn).index) == ['valid', 'grey']
+
+
+# The command line
+
+def dglit(*args, **kwargs):
+    return subprocess.run([sys.executable, '-c', 'from dglit.cli import main; main()', *args], capture_output=True, text=True, **kwargs)
+
+
+def test_help_imports_nothing_heavy():
+    code = "import dglit.cli, sys; print([o for o in ('torch','fastai','pandas','matplotlib','sklearn') if o in sys.modules])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
+    assert all(o in dglit('--help').stdout for o in ('demo', 'train', 'reproduce', 'report', 'list'))
+
+
+@pytest.mark.parametrize('args,says', [
+    (['trian'], "Did you mean 'train'"), (['train', '--method', 'rlc'], "did you mean 'rcl'"), (['train', '--set', 'margin'], 'NAME=VALUE'),
+    (['train', '--method', 'rcl', '--set', 'margin=0'], 'not in (0, inf]'), (['reproduce', 'rcl-table3'], "did you mean 'rcl-table2'"),
+    (['reproduce', 'rcl-table2', '--rows', 'erm,rcl-1', '--source', 'digits'], 'did you mean'), (['report', 'nowhere'], 'nowhere does not exist'),
+    (['train', '--epochs', 'ten'], 'integer')])
+def test_a_mistake_is_answered_not_traced(args, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['dglit', *args])
+    with pytest.raises(SystemExit) as e: main()
+    assert e.value.code == 2 and says in ' '.join(capsys.readouterr().err.split())
+
+
+def test_missing_mnist_is_explained(tmp_path):
+    blocked = dict(os.environ, DGLIT_DATA=str(tmp_path), http_proxy='http://127.0.0.1:9', https_proxy='http://127.0.0.1:9')
+    r = dglit('train', cwd=tmp_path, env=blocked)
+    assert r.returncode == 2 and 'load_digits()' in r.stderr and 'Traceback' not in r.stderr
+
+
+def test_reproduce_then_report(tmp_path):
+    out = str(tmp_path/'runs')
+    args = 'reproduce', 'rcl-table2', '--source', 'digits', '--epochs', '1', '--seeds', '2', '--rows', 'erm', '--out', out
+    first, again = dglit(*args), dglit(*args)
+    assert first.returncode == again.returncode == 0, first.stderr
+    assert 'erm, seed 1' in first.stdout and 'erm, seed' not in again.stdout and '26.0 ± 4.7' in again.stdout
+    line = next(o for o in dglit('report', out).stdout.splitlines() if o.startswith('Standard '))
+    assert line.split()[1] == '2' and line in again.stdout
+
+
+def test_train_saves_what_loads(tmp_path):
+    r = dglit('train', '--source', 'digits', '--epochs', '1', '--bs', '256', '--precision', 'fp32', '--method', 'rcl', '--set', 'margin=0.9', '--out', str(tmp_path))
+    assert r.returncode == 0 and 'best-valid selects epoch 0' in r.stdout, r.stderr
+    weights, = tmp_path.glob('*.pt')
+    ConvNet().load_state_dict(torch.load(weights, weights_only=True))
+    assert Run.from_json(weights.with_suffix('.json').read_text()).spec.settings == dict(margin=.9)
