@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 from ..core import generator
 
-# %% ../../nbs/11_data.loaders.ipynb #4dbba005
+# %% ../../nbs/11_data.loaders.ipynb #cb1fef45
 class TensorLoader(TfmdDL):
     "Batches gathered from tensors on the device: images as bytes become floats in [low, 1]."
     n_inp = 1
@@ -45,8 +45,8 @@ class TensorLoader(TfmdDL):
         return torch.randperm(self.n, generator=self.order) if self.shuffle else torch.arange(self.n)
 
     def create_batch(self, idxs):
-        x,*rest = (t[idxs] for t in self.dataset.tensors)
-        return (x.float().mul_((1-self.low)/255).add_(self.low), *rest)
+        x,*rest = (t.index_select(0, idxs) for t in self.dataset.tensors)
+        return (x.mul((1-self.low)/255).add_(self.low), *rest)
 
     def __iter__(self):
         idxs = self.get_idxs().to(self.device)

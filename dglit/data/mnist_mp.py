@@ -21,7 +21,7 @@ MP_COLORS = torch.tensor([
     (255,127,127), (0,127,127), (127,255,127), (127,0,127), (127,127,255), (127,127,0), # 0-5: on the axes, on a sphere about the mean
     (0,255,255), (255,0,0), (255,0,255), (0,255,0)])/255 # 6-9: vertices of the cube, two antipodal pairs
 
-# %% ../../nbs/12_data.mnist_mp.ipynb #5f7eb878
+# %% ../../nbs/12_data.mnist_mp.ipynb #63aa40f9
 def paint(
     images:np.ndarray, # Grey digits uint8 [N,H,W]
     colors:Tensor, # A colour for each, float [N,3] in [0,1]
@@ -32,7 +32,8 @@ def paint(
     if size < max(h,w): raise DglitError(f"size {size} is smaller than the digits' {h}x{w}: give at least {max(h,w)}")
     top,left = (size-h)//2, (size-w)//2
     out = torch.zeros(n, 3, size, size, dtype=torch.uint8)
-    for c in range(3): out[:, c, top:top+h, left:left+w] = (torch.from_numpy(images)*colors[:,c,None,None]).round().byte()
+    for o,x,c in zip(out.split(256), torch.from_numpy(images).split(256), colors.split(256)): # a few at a time, to spare memory
+        o[:, :, top:top+h, left:left+w] = (x[:,None]*c[:,:,None,None]).round()
     return out
 
 # %% ../../nbs/12_data.mnist_mp.ipynb #1189a9d2
