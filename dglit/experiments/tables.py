@@ -143,7 +143,7 @@ def as_markdown(
     "The summary as a Markdown table."
     return as_text(summary).to_markdown(colalign=('left', *['right']*7))
 
-# %% ../../nbs/61_experiments.tables.ipynb #2079d044
+# %% ../../nbs/61_experiments.tables.ipynb #d3f69c98
 def plot_table(
     summary:pd.DataFrame, # From `summarise`
     ax=None # Where to draw
@@ -154,7 +154,7 @@ def plot_table(
     ax.errorbar(s.published, s.index, xerr=s.published_std, fmt='o', color='0.55', capsize=3, label='published')
     ax.errorbar(s['mean'], s.index+.25, xerr=s['std'].fillna(0), fmt='D', color='tab:blue', capsize=3, label='ours')
     ax.set(yticks=s.index+.12, yticklabels=[f'{l}  (n={n})' for l,n in zip(s.label, s.n)], xlim=(0,100), xlabel='test accuracy, %')
-    ax.invert_yaxis(); ax.grid(axis='x', alpha=.3); ax.legend(loc='lower right')
+    ax.invert_yaxis(); ax.grid(axis='x', alpha=.3); ax.legend(loc='upper right')
     return ax
 
 # %% ../../nbs/61_experiments.tables.ipynb #847bad14

@@ -25,7 +25,7 @@ def body_of(
     raise DglitError(f"{type(model).__name__} has neither a `body` nor the two parts (body, head) of a fastai vision model: "
                      "name the module whose output are the features, as in RCL(module=model.layer4)")
 
-# %% ../../nbs/40_methods.core.ipynb #faa22a90
+# %% ../../nbs/40_methods.core.ipynb #beeb6518
 class Method(Callback):
     "Adds `weight * self.term()` to the training loss and logs the term's mean over each epoch."
     order,run_valid = 5,False
@@ -45,10 +45,11 @@ class Method(Callback):
         self.after_fit() # in case an error ended the last fit
         self.hook = hook_output(self.module or body_of(self.model), detach=False)
         self.total,self.count = 0.,0
-        self.metric = ValueMetric(lambda: self.total/max(self.count, 1), self.name)
+        self.metric = ValueMetric(self.mean_term, self.name)
         self.learn.metrics = self.learn.metrics + [self.metric]
 
     def before_train(self): self.total,self.count = 0.,0
+    def mean_term(self): return float(self.total/max(self.count, 1))
 
     def after_loss(self):
         term = self.term()
@@ -58,5 +59,6 @@ class Method(Callback):
 
     def after_fit(self):
         if not hasattr(self, 'hook'): return
-        self.hook.remove(); del self.hook
-        self.learn.metrics = [m for m in self.learn.metrics if m is not self.metric]
+        self.hook.remove()
+        self.learn.metrics = [m for m in self.metrics if m is not self.metric]
+        del self.hook, self.metric
