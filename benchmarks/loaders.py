@@ -2,7 +2,6 @@
 coloured digits, in turn. Prints medians and ratios of one run; quote the ratios. Usage: python benchmarks/loaders.py [digits]"""
 import os, statistics, sys, time
 
-import numpy as np
 import torch
 from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, PILImage
 from torch.utils.data import DataLoader, Dataset
@@ -40,7 +39,7 @@ def rate(batches):
 def main():
     digits = (load_digits if 'digits' in sys.argv else load_mnist)()
     before = rss()
-    dls = mnist_mp(digits, bs=BS)
+    dls = mnist_mp(digits, bs=BS, device='cpu')
     tensors = sum(t.numel()*t.element_size() for dl in dls.loaders for t in dl.dataset.tensors)
     print(f'memory: tensors {tensors/2**20:.0f} MiB, process grew by {(rss() - before)/tensors:.2f} times that')
 

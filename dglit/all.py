@@ -1,14 +1,14 @@
 "Everything a notebook needs: `from dglit.all import *`."
 from fastai.callback.progress import ProgressCallback  # so that learn.no_bar() is there
 
-from dglit.core import *
+from dglit.core import DataError, DglitError, set_seed
 from dglit.data.loaders import *
 from dglit.data.mnist import *
 from dglit.data.mnist_mp import *
 from dglit.experiments.latent import *
-from dglit.experiments.run import *
-from dglit.experiments.sweep import *
-from dglit.experiments.tables import *
+from dglit.experiments.run import Run, Spec, run
+from dglit.experiments.sweep import sweep
+from dglit.experiments.tables import RCL_TABLE2, TABLES, as_markdown, plot_table, read_runs, summarise
 from dglit.learner import *
 from dglit.losses.rcl import *
 from dglit.methods.core import *

@@ -13,10 +13,9 @@ from typing import Annotated
 
 import typer
 
-# %% ../nbs/90_cli.ipynb #ba7fe763
+# %% ../nbs/90_cli.ipynb #d7d8d91b
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help='dglit: the domain-generalization literature as a book that runs.')
-_print = lambda table: print(table.to_string() if len(table) else 'nothing')
 
 # %% ../nbs/90_cli.ipynb #16eaba29
 @app.command()
@@ -40,7 +39,7 @@ def _settings(pairs):
         if '=' not in o: raise DglitError(f"setting {o!r}: needed NAME=VALUE, such as margin=0.9")
     return {k: value(v) for k,_,v in (o.partition('=') for o in pairs)}
 
-# %% ../nbs/90_cli.ipynb #98f83923
+# %% ../nbs/90_cli.ipynb #3ed88410
 @app.command()
 def train(
     dataset: Annotated[str, typer.Option(help='See `dglit list`.')] = 'mnist_mp',
@@ -48,28 +47,33 @@ def train(
     set_: Annotated[list[str], typer.Option('--set', help='A setting of the method, NAME=VALUE; may be repeated.')] = [],
     data: Annotated[list[str], typer.Option(help='A setting of the dataset, NAME=VALUE; may be repeated.')] = [],
     source: Annotated[str, typer.Option(help='mnist, or the bundled digits.')] = 'mnist',
-    seed: int = 0, epochs: int = 10, bs: int = 128, lr: float = 1e-3, precision: str = 'bf16', selection: str = 'best-valid',
+    seed: Annotated[int, typer.Option(help='Of the initial weights and the order of the batches.')] = 0,
+    epochs: Annotated[int, typer.Option(help='Passes over the training data.')] = 10,
+    bs: Annotated[int, typer.Option(help='Batch size.')] = 128,
+    opt: Annotated[str, typer.Option(help='sgd (Nesterov momentum 0.9) or adam.')] = 'sgd',
+    lr: Annotated[float, typer.Option(help='Learning rate.')] = 1e-3,
+    precision: Annotated[str, typer.Option(help='bf16 (autocast) or fp32.')] = 'bf16',
+    selection: Annotated[str, typer.Option(help='Which epoch to keep: best-valid, early-stop@95, last.')] = 'best-valid',
     out: Annotated[str, typer.Option(help='Folder for the record and the weights; none: keep neither.')] = ''):
     "One training, described as the tables describe theirs."
-    from pathlib import Path
-
     import torch
     from dglit.core import write_whole
     from dglit.experiments.run import Spec, check, fit, learner_of
-    from dglit.experiments.sweep import record_name
-    spec = Spec(dataset, method, settings=_settings(set_), data=_settings(data), source=source, seed=seed, epochs=epochs, bs=bs, lr=lr,
+    from dglit.experiments.sweep import record_name, writable
+    spec = Spec(dataset, method, settings=_settings(set_), data=_settings(data), source=source, seed=seed, epochs=epochs, bs=bs, opt=opt, lr=lr,
                 precision=precision, selection=selection)
     check(spec)
+    folder = writable(out) if out else None
     learn = learner_of(spec)
     show = lambda o: '  '.join(f'{k} {v:.2f}' if isinstance(v, float) else f'{k} {v}' for k,v in o.items())
     r = fit(learn, spec, each_epoch=lambda o: print(show(o), flush=True))
-    print(f'\n{r.status}; {selection} selects epoch {r.selected}: {show(r.metrics)}')
-    if out:
-        record = write_whole(Path(out)/record_name(spec), r.to_json() + '\n')
+    print(f'\n{selection} selects epoch {r.selected}: {show(r.metrics)}' if r.metrics else '\ndiverged: the loss is no longer a number')
+    if folder:
+        record = write_whole(folder/record_name(spec), r.to_json() + '\n')
         torch.save(learn.model.state_dict(), record.with_suffix('.pt'))
         print(f'Record: {record}   Weights: {record.with_suffix(".pt")}')
 
-# %% ../nbs/90_cli.ipynb #59d50a0d
+# %% ../nbs/90_cli.ipynb #3771e40c
 @app.command()
 def reproduce(
     table: Annotated[str, typer.Argument(help='See `dglit list`.')],
@@ -85,9 +89,9 @@ def reproduce(
     from dglit.experiments.tables import TABLES, as_text, specs_of, summarise
     t,changes = choose(table, TABLES, 'table'), dict(source=source, **(dict(epochs=epochs) if epochs else {}))
     runs = sweep_with_progress(specs_of(t, seeds, rows.split(',') if rows else None, **changes), out, jobs)
-    print(f'\n{t.title}, accuracy in percent; published: {t.source}\n'); _print(as_text(summarise(t, runs, **changes)))
+    print(f'\n{t.title}, accuracy in percent; published: {t.source}\n'); print(as_text(summarise(t, runs, **changes)).to_string())
 
-# %% ../nbs/90_cli.ipynb #0007cfdf
+# %% ../nbs/90_cli.ipynb #458d5785
 @app.command()
 def report(
     path: Annotated[str, typer.Argument(help='A folder of records, or a .jsonl file.')],
@@ -97,7 +101,7 @@ def report(
     from dglit.experiments.tables import TABLES, as_text, read_runs, summarise
     t,runs = choose(table, TABLES, 'table'), read_runs(path)
     changes = {k: getattr(runs[0].spec, k) for k in ('source','epochs')} if runs else {}
-    print(f'{t.title}, accuracy in percent; published: {t.source}\n'); _print(as_text(summarise(t, runs, **changes)))
+    print(f'{t.title}, accuracy in percent; published: {t.source}\n'); print(as_text(summarise(t, runs, **changes)).to_string())
 
 # %% ../nbs/90_cli.ipynb #d554b189
 @app.command('list')

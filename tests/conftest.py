@@ -1,8 +1,10 @@
 import warnings
 
 import pytest
+from fastai.torch_core import default_device
 
 warnings.filterwarnings('ignore', category=FutureWarning)
+default_device(False)  # tests compare numbers on the CPU; those for CUDA say so
 
 
 @pytest.fixture(scope='session')

@@ -45,6 +45,7 @@ def test_reads_gzipped_and_plain(small, monkeypatch):
     (lambda f: f.write_bytes(gzip.compress(idx(np.zeros((6, 28, 28), np.uint8))[:-7])), '4697 bytes of data, expected 4704'),
     (lambda f: f.write_bytes(gzip.compress(idx(np.zeros(6, np.uint8)))), 'magic number 00000801'),
     (lambda f: f.write_bytes(f.read_bytes()[:50]), 'cannot be read'),
+    (lambda f: f.write_bytes(f.read_bytes()[:40] + b'\x00\x01\x02' + f.read_bytes()[43:]), 'cannot be read'),
     (lambda f: f.write_bytes(b'<html>'), 'magic number'),
     (lambda f: f.write_bytes(b''), 'magic number'),
     (lambda f: f.unlink(), 'lacks train-images-idx3-ubyte')])
@@ -95,7 +96,7 @@ def test_loaders_in_fastai(learn, digits):
         assert isinstance(learn.lr_find(show_plot=False, num_it=20).valley, float)
 
 
-def test_memory_is_that_of_the_tensors(learn):
+def test_a_pixel_takes_a_byte(learn):
     tensors = sum(t.numel()*t.element_size() for dl in learn.dls.loaders for t in dl.dataset.tensors)
     images = 3*28*28*(1198 + 2*599)
     assert tensors == images + 8*(1198 + 2*599)               # a byte a pixel

@@ -2,7 +2,6 @@
 import json, os, subprocess, sys
 from dataclasses import replace
 from math import inf
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from dglit.cli import main
 from dglit.core import DglitError
 from dglit.data.mnist import Digits
 from dglit.data.mnist_mp import mnist_mp
-from dglit.experiments.run import Run, Spec, check, fit, learner_of, run
+from dglit.experiments.run import Run, Spec, fit, learner_of, run
 from dglit.experiments.sweep import record_name, sweep
 from dglit.experiments.tables import TABLES, specs_of
 from dglit.learner import domain_learner, evaluate
@@ -53,7 +52,7 @@ def test_record_round_trip(few):
     line = r.to_json()
     assert 'Infinity' not in line and '\n' not in line
     back = Run.from_json(line)
-    assert back.curve == r.curve and back.spec.settings == dict(margin='inf')
+    assert back.curve == r.curve and back.spec.settings == dict(margin=inf) and back == r
     assert run(back.spec, few).curve == r.curve                  # the record is enough to repeat the run
 
 
@@ -91,7 +90,9 @@ def test_sweep_resumes(tmp_path):
 
 @pytest.mark.parametrize('change,says', [
     (dict(dataset='minst_mp'), "did you mean 'mnist_mp'"), (dict(method='rlc'), "did you mean 'rcl'"), (dict(source='mnits'), "did you mean 'mnist'"),
-    (dict(selection='best'), "did you mean 'best-valid'"), (dict(precision='fp16'), "unknown precision 'fp16'"), (dict(epochs=0), 'needed above 0'),
+    (dict(selection='best'), "did you mean 'best-valid'"), (dict(precision='fp16'), "unknown precision 'fp16'"), (dict(epochs=0), 'needed above 0'), (dict(epochs=2.5), 'whole number'), (dict(seed=-1), '0 or more'), (dict(opt='sdg'), "did you mean 'sgd'"),
+    (dict(settings=dict(margin='wide')), 'needed a number'), (dict(settings=dict(weight='big')), 'needed a number'), (dict(settings=dict(per='chanel')), "did you mean 'channel'"),
+    (dict(data=dict(size=28.)), 'whole number'), (dict(data=dict(low='x')), 'needed a number'),
     (dict(settings=dict(margins=1)), "did you mean 'margin'"), (dict(settings=dict(margin=-1)), 'not in'), (dict(data=dict(sizes=3)), "did you mean 'size'")])
 def test_mistakes_are_found_before_training(change, says, tmp_path):
     with pytest.raises(DglitError, match=says): sweep([replace(SHORT, **change)], tmp_path)
@@ -111,6 +112,48 @@ def test_rcl_with_fastai_callbacks(few, tmp_path):
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert not learn.model.body._forward_hooks and learn.recorder.metric_names.count('rcl') == 1
     assert list(evaluate(learn).index) == ['valid', 'grey']
+
+
+def test_validating_in_mid_training_disturbs_nothing(few):
+    class Validates(Callback):
+        order = 70
+        def after_epoch(self):
+            if hasattr(self, 'busy'): return
+            self.busy = True
+            self.learn.validate(dl=self.dls.valid)
+            del self.busy
+    quiet, noisy = learner_of(SHORT, few), learner_of(SHORT, few)
+    noisy.add_cb(Validates())
+    for learn in (quiet, noisy):
+        with learn.no_bar(), learn.no_logging(): learn.fit(3)
+    assert [o['grey'] for o in quiet.track_domains.curve] == [o['grey'] for o in noisy.track_domains.curve]
+    assert all(torch.equal(*o) for o in zip(quiet.model.state_dict().values(), noisy.model.state_dict().values()))
+
+
+def test_a_failed_run_leaves_the_precision_alone(few):
+    learn, spec = learner_of(replace(SHORT, precision='bf16'), few), replace(SHORT, precision='bf16')
+    def fail(): raise RuntimeError('out of luck')
+    learn.model.head.register_forward_hook(lambda *_: fail())
+    with pytest.raises(RuntimeError, match='out of luck'): fit(learn, spec)
+    assert (torch.randn(2, 2) @ torch.randn(2, 2)).dtype == torch.float32
+
+
+def test_a_new_field_of_spec_renames_no_record():
+    assert record_name(Spec(method='rcl', settings=dict(margin=.9), seed=3)) == 'mnist_mp-rcl-margin=0.9-mnist-seed3-8b5e6e5f02.json'
+
+
+def test_a_corrupt_record_is_named(tmp_path):
+    spec = replace(SHORT, source='digits')
+    (tmp_path/record_name(spec)).write_text('{"half')
+    with pytest.raises(DglitError, match='is no record of a run'): sweep([spec], tmp_path)
+
+
+def test_export(few, tmp_path):
+    learn = learner_of(SHORT, few)
+    fit(learn, SHORT)
+    learn.export(tmp_path/'learn.pkl')
+    loaded = torch.load(tmp_path/'learn.pkl', weights_only=False)
+    assert list(loaded.dls.tests) == ['grey'] and len(loaded.dls.train.dataset) == 0
 
 
 # The command line

@@ -1,4 +1,4 @@
-"""A digit dataset fits on the device, so a batch is one index-gather.
+"""A digit dataset fits on the device, so a batch is one indexing operation.
 
 Docs: https://dglit.github.io/dglit/data.loaders.html.md"""
 
@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 from ..core import generator
 
-# %% ../../nbs/11_data.loaders.ipynb #cb1fef45
+# %% ../../nbs/11_data.loaders.ipynb #b57d7d48
 class TensorLoader(TfmdDL):
     "Batches gathered from tensors on the device: images as bytes become floats in [low, 1]."
     n_inp = 1
@@ -57,9 +57,9 @@ class TensorLoader(TfmdDL):
 
     def new(self, dataset=None, cls=None, **kwargs):
         same = dict(bs=self.bs, shuffle=self.shuffle, drop_last=self.drop_last, device=self.device, seed=self.seed, low=self.low)
-        return (cls or type(self))(dataset or self.dataset, **{**same, **kwargs})
+        return (cls or type(self))(self.dataset if dataset is None else dataset, **{**same, **kwargs})
 
-# %% ../../nbs/11_data.loaders.ipynb #33e873c7
+# %% ../../nbs/11_data.loaders.ipynb #0239b153
 class DomainLoaders(DataLoaders):
     "fastai `DataLoaders` with `.tests`, a dict of test domains by name."
     n_inp = 1
@@ -76,6 +76,10 @@ class DomainLoaders(DataLoaders):
 
     @property
     def domains(self): return dict(valid=self.valid, **self.tests)
+
+    def new_empty(self): # for `Learner.export`
+        train,valid,*tests = [dl.new(TensorDataset(*(t[:0] for t in dl.dataset.tensors)), bs=dl.bs) for dl in self.loaders]
+        return type(self)(train, valid, dict(zip(self.tests, tests)), self.vocab, self.path)
 
     @classmethod
     def from_tensors(cls,

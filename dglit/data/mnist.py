@@ -7,15 +7,15 @@ Docs: https://dglit.github.io/dglit/data.mnist.html.md"""
 # %% auto #0
 __all__ = ['Digits', 'read_idx', 'data_folder', 'load_mnist', 'load_digits']
 
-# %% ../../nbs/10_data.mnist.ipynb #133cb365
-import gzip, os, tempfile
+# %% ../../nbs/10_data.mnist.ipynb #e818b4a0
+import gzip, os, tempfile, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..core import DataError, write_whole
+from ..core import DataError
 
 # %% ../../nbs/10_data.mnist.ipynb #c33ca15c
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Digits:
 
     def __repr__(self): return f'{self.name}: {len(self.x_train)} training and {len(self.x_test)} test digits of {self.x_train.shape[1:]}'
 
-# %% ../../nbs/10_data.mnist.ipynb #b01e97cc
+# %% ../../nbs/10_data.mnist.ipynb #91a81d8f
 def read_idx(
     path, # An IDX file of unsigned bytes, plain or gzipped (told by its content, not its name)
     ndim:int # Dimensions expected: 3 for images, 1 for labels
@@ -39,7 +39,7 @@ def read_idx(
     try:
         raw = Path(path).read_bytes()
         if raw[:2] == b'\x1f\x8b': raw = gzip.decompress(raw)
-    except (EOFError, OSError) as e: raise wrong(f"cannot be read ({e})", "a whole IDX file") from e
+    except (EOFError, OSError, zlib.error) as e: raise wrong(f"cannot be read ({e})", "a whole IDX file") from e
     head = 4 + 4*ndim
     if len(raw) < head or raw[:4] != bytes([0, 0, 8, ndim]):
         raise wrong(f"magic number {raw[:4].hex()}", f"{bytes([0, 0, 8, ndim]).hex()} (unsigned bytes in {ndim} dimensions)")

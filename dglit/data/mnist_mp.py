@@ -57,7 +57,7 @@ def mnist_mp(
     grey = MP_COLORS.mean(0).expand(len(y_test), -1)
     return _loaders(digits, MP_COLORS[y_train], MP_COLORS[y_test], dict(grey=grey), bs, size, seed, device, low)
 
-# %% ../../nbs/12_data.mnist_mp.ipynb #4caa9162
+# %% ../../nbs/12_data.mnist_mp.ipynb #1a29abde
 def mnist_up(
     digits:Digits, # From `load_mnist` or `load_digits`
     bs:int=128, # Batch size
@@ -66,10 +66,10 @@ def mnist_up(
     device=None, # Where the tensors live; None: fastai's default device
     low:float=-1. # What black becomes; white becomes 1
 ) -> DomainLoaders: # Images [B,3,size,size]; `.tests['uncorrelated']`
-    "MNIST with uncorrelated patterns: coloured by class in training and validation, by a fair ten-sided die at test."
+    "MNIST with uncorrelated patterns: coloured by class in training and validation, uniformly at random at test."
     y_train,y_test = digits.y_train, digits.y_test
-    die = torch.randint(10, (len(y_test),), generator=generator(0, 'mnist_up'))     # one test set, whatever the seed
-    return _loaders(digits, MP_COLORS[y_train], MP_COLORS[y_test], dict(uncorrelated=MP_COLORS[die]), bs, size, seed, device, low)
+    drawn = torch.randint(10, (len(y_test),), generator=generator(0, 'mnist_up'))     # one test set, whatever the seed
+    return _loaders(digits, MP_COLORS[y_train], MP_COLORS[y_test], dict(uncorrelated=MP_COLORS[drawn]), bs, size, seed, device, low)
 
 # %% ../../nbs/12_data.mnist_mp.ipynb #908814f1
 def mnist_plain(

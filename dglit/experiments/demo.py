@@ -7,9 +7,9 @@ Docs: https://dglit.github.io/dglit/experiments.demo.html.md"""
 # %% auto #0
 __all__ = ['DEMO', 'demo_figure', 'demo_table', 'demo']
 
-# %% ../../nbs/64_experiments.demo.ipynb #ab7216fd
+# %% ../../nbs/64_experiments.demo.ipynb #2625da4b
 from dataclasses import replace
-from pathlib import Path
+from math import nan
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -21,6 +21,7 @@ from ..core import write_whole
 from ..data.mnist import load_digits
 from .latent import latent_points, plot_latent
 from .run import Spec, fit, learner_of
+from .sweep import writable
 
 # %% ../../nbs/64_experiments.demo.ipynb #2eea600f
 _short = dict(source='digits', bs=16, epochs=7, data=dict(size=28), precision='fp32')
@@ -48,11 +49,13 @@ def demo_figure(
     for i,(name,learn) in enumerate(learners.items()): plot_latent(latent_points(learn, 'grey'), fig.add_subplot(grid[2:,1+i]), f'features of grey digits, {name}')
     return fig
 
-# %% ../../nbs/64_experiments.demo.ipynb #ae61c0e7
-def demo_table(runs:dict) -> pd.DataFrame:
+# %% ../../nbs/64_experiments.demo.ipynb #2cf784ef
+def demo_table(
+    runs:dict # Name -> its runs
+) -> pd.DataFrame: # A line for each name, in percent
     "Mean and standard deviation over the seeds of each method's accuracies."
     pm = lambda x: f'{x.mean():.1f}' + (f' ± {x.std():.1f}' if len(x) > 1 else '')
-    return pd.DataFrame({k: {label: pm(pd.Series([r.metrics[d] for r in rs])) for d,label in (('valid','coloured digits'), ('grey','grey digits'))}
+    return pd.DataFrame({k: {label: pm(pd.Series([r.metrics.get(d, nan) for r in rs])) for d,label in (('valid','coloured digits'), ('grey','grey digits'))}
                          for k,rs in runs.items()}).T
 
 def demo(
@@ -61,7 +64,7 @@ def demo(
     specs:dict=DEMO # Name -> spec
 ) -> pd.DataFrame: # The table
     "Train each spec with each seed, save a figure and the records, and return the table."
-    folder,digits = Path(folder), load_digits()
+    folder,digits = writable(folder), load_digits()
     names = [k for k in specs for _ in range(seeds)]
     each = [replace(specs[k], seed=i % seeds) for i,k in enumerate(names)]
     learners = [learner_of(o, digits) for o in each]
@@ -74,9 +77,8 @@ def demo(
         runs = {k: [] for k in specs}
         for name,r in zip(names, done):
             runs[name].append(r)
-            bar.console.print(f'{name}, seed {r.spec.seed}: coloured {r.metrics["valid"]:.1f}, grey {r.metrics["grey"]:.1f}', highlight=False)
+            bar.console.print(f'{name}, seed {r.spec.seed}: coloured {r.metrics.get("valid", nan):.1f}, grey {r.metrics.get("grey", nan):.1f}', highlight=False)
     fig = demo_figure(runs, dict(zip(names, learners)))
-    folder.mkdir(parents=True, exist_ok=True)
     fig.savefig(folder/'demo.png', dpi=150); plt.close(fig)
     write_whole(folder/'demo.jsonl', ''.join(r.to_json() + '\n' for rs in runs.values() for r in rs))
     return demo_table(runs)

@@ -8,7 +8,7 @@ Docs: https://dglit.github.io/dglit/experiments.tables.html.md"""
 __all__ = ['TABLES', 'RCL_TABLE2', 'RCL_OPEN_POINTS', 'Row', 'Table', 'training', 'specs_of', 'accuracies', 'summarise',
            'as_text', 'as_markdown', 'plot_table', 'read_runs']
 
-# %% ../../nbs/61_experiments.tables.ipynb #f71c5ba2
+# %% ../../nbs/61_experiments.tables.ipynb #fcd367db
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import pandas as pd
 from scipy.stats import t as student
 
 from ..core import DglitError, choose
-from .run import Run, Spec
+from .run import METHODS, Run, Spec, settings_of
 from ..learner import select_epoch
 
 # %% ../../nbs/61_experiments.tables.ipynb #b5a67d17
@@ -72,12 +72,14 @@ RCL_OPEN_POINTS = TABLES['rcl-open-points'] = Table('rcl-open-points', 'Readings
     Row('mean-inf', 'm = ∞: mean in place of sum', _rcl(weight=1/3200), _inf),
     Row('fp32-inf', 'm = ∞: float32 in place of bfloat16', _rcl(precision='fp32'), _inf)))
 
-# %% ../../nbs/61_experiments.tables.ipynb #94a82d2e
+# %% ../../nbs/61_experiments.tables.ipynb #c7ce746d
 def training(
     spec:Spec # A row's description
 ) -> Spec: # The same without what does not change the training
-    "What determines the training alone: the spec without its selection rule, table and row."
-    return replace(spec, selection='best-valid', table='', row='')
+    "What determines the training alone: the spec without selection rule, table, row, and settings that are the default."
+    options = settings_of(METHODS[spec.method])
+    settings = {k: v for k,v in sorted(spec.settings.items()) if k not in options or v != options[k].default}
+    return replace(spec, settings=settings, selection='best-valid', table='', row='')
 
 # %% ../../nbs/61_experiments.tables.ipynb #23984b19
 def specs_of(
@@ -106,7 +108,7 @@ def accuracies(
     return pd.DataFrame([dict(seed=r.spec.seed, **{k: r.curve[select_epoch(r.curve, row.spec.selection)][k] for k in row.published}) for r in mine],
                         columns=['seed', *row.published]).drop_duplicates('seed').sort_values('seed')
 
-# %% ../../nbs/61_experiments.tables.ipynb #f1c6f6cc
+# %% ../../nbs/61_experiments.tables.ipynb #2c105b14
 def summarise(
     table:Table, # The published table
     runs:list, # Our runs
@@ -120,10 +122,10 @@ def summarise(
             x,n = a[domain], len(a)
             half = student.ppf(.975, n-1)*x.std()/n**.5 if n > 1 else float('nan')
             lines.append(dict(row=row.name, label=row.label, domain='valid' if domain == 'valid' else 'test', n=n, mean=x.mean(), std=x.std(),
-                low=x.mean()-half, high=x.mean()+half, published=mean, published_std=std, difference=x.mean()-mean, within=abs(x.mean()-mean) <= half))
+                low=x.mean()-half, high=x.mean()+half, published=mean, published_std=std, difference=x.mean()-mean))
     return pd.DataFrame(lines)
 
-# %% ../../nbs/61_experiments.tables.ipynb #6f712b26
+# %% ../../nbs/61_experiments.tables.ipynb #2b7b1c9f
 def as_text(
     summary:pd.DataFrame # From `summarise`
 ) -> pd.DataFrame: # A line for each row, columns as a reader wants them
@@ -131,9 +133,9 @@ def as_text(
     def pm(m, s): return '–' if pd.isna(m) else f'{m:.1f}' if pd.isna(s) else f'{m:.1f} ± ' + (f'{s:.1f}' if s >= .05 else f'{s:.1g}')
     def line(g):
         v,t = (g[g.domain == o].iloc[0] for o in ('valid','test'))
-        return pd.Series({'': t.label, 'n': t.n, 'validation': pm(v['mean'], v['std']), 'published ': pm(v.published, v.published_std),
-            'test': pm(t['mean'], t['std']), 'published': pm(t.published, t.published_std),
-            '95% interval': '–' if pd.isna(t.low) else f'{t.low:.1f} to {t.high:.1f}', 'difference': '–' if pd.isna(t.difference) else f'{t.difference:+.1f}'})
+        return pd.Series({'': t.label, 'n': t.n, 'validation': pm(v['mean'], v['std']), 'published validation': pm(v.published, v.published_std),
+            'test': pm(t['mean'], t['std']), 'published test': pm(t.published, t.published_std),
+            '95% interval of test': '–' if pd.isna(t.low) else f'{t.low:.1f} to {t.high:.1f}', 'test − published': '–' if pd.isna(t.difference) else f'{t.difference:+.1f}'})
     return pd.DataFrame([line(g) for _,g in summary.groupby('row', sort=False)]).set_index('')
 
 # %% ../../nbs/61_experiments.tables.ipynb #a6ea0434
@@ -157,16 +159,16 @@ def plot_table(
     ax.invert_yaxis(); ax.grid(axis='x', alpha=.3); ax.legend(loc='upper right')
     return ax
 
-# %% ../../nbs/61_experiments.tables.ipynb #847bad14
+# %% ../../nbs/61_experiments.tables.ipynb #517668d1
 def read_runs(
     path # A folder of .json files, or one .jsonl file
 ) -> list: # Runs
     "Read recorded runs; a `DglitError` names a file that cannot be read."
     path = Path(path)
     if not path.exists(): raise DglitError(f"{path} does not exist: give a folder of records or a .jsonl file")
-    files,runs = (sorted(path.glob('*.json')) if path.is_dir() else [path]), []
+    files,runs = sorted(path.glob('*.json')) if path.is_dir() else [path], []
     for f in files:
         for i,line in enumerate(f.read_text(encoding='utf-8').splitlines(), 1):
             try: runs.append(Run.from_json(line))
-            except (ValueError, TypeError, AttributeError) as e: raise DglitError(f"{f}, line {i}, is no record of a run ({e}): move it away, or restore it") from e
+            except (ValueError, TypeError, KeyError, AttributeError) as e: raise DglitError(f"{f}, line {i}, is no record of a run ({e}): move it away, or restore it") from e
     return runs

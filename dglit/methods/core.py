@@ -25,14 +25,16 @@ def body_of(
     raise DglitError(f"{type(model).__name__} has neither a `body` nor the two parts (body, head) of a fastai vision model: "
                      "name the module whose output are the features, as in RCL(module=model.layer4)")
 
-# %% ../../nbs/40_methods.core.ipynb #beeb6518
+# %% ../../nbs/40_methods.core.ipynb #4f3b3260
 class Method(Callback):
     "Adds `weight * self.term()` to the training loss and logs the term's mean over each epoch."
     order,run_valid = 5,False
     def __init__(self,
-        weight=1., # Weight of the term: a number, or a fastai schedule
+        weight:float=1., # Weight of the term: a number, or a fastai schedule
         module:nn.Module|None=None # Module whose output are the features; None: the model's body
-    ): self.weight,self.module = weight,module
+    ):
+        self.weight,self.module,self.hook,self.total,self.count = weight,module,None,0.,0
+        self.metric = ValueMetric(self.mean_term, self.name)
 
     def term(self) -> Tensor: # A scalar
         "This batch's term, from `self.features`, `self.pred`, `self.x`, `self.y`."
@@ -40,16 +42,16 @@ class Method(Callback):
 
     @property
     def features(self): return self.hook.stored
-
-    def before_fit(self):
-        self.after_fit() # in case an error ended the last fit
-        self.hook = hook_output(self.module or body_of(self.model), detach=False)
-        self.total,self.count = 0.,0
-        self.metric = ValueMetric(self.mean_term, self.name)
-        self.learn.metrics = self.learn.metrics + [self.metric]
-
-    def before_train(self): self.total,self.count = 0.,0
     def mean_term(self): return float(self.total/max(self.count, 1))
+
+    def before_fit(self): # validate() and get_preds() call this and after_fit too, even between two epochs
+        if self.metric not in self.metrics: self.learn.metrics = self.metrics + [self.metric]
+
+    def before_train(self):
+        self.after_train() # what an error may have left
+        self.before_fit()
+        self.total,self.count = 0.,0
+        self.hook = hook_output(self.module or body_of(self.model), detach=False)
 
     def after_loss(self):
         term = self.term()
@@ -57,8 +59,8 @@ class Method(Callback):
         self.learn.loss_grad = self.loss_grad + weight*term
         self.total,self.count = self.total + term.detach(), self.count + 1
 
-    def after_fit(self):
-        if not hasattr(self, 'hook'): return
-        self.hook.remove()
-        self.learn.metrics = [m for m in self.metrics if m is not self.metric]
-        del self.hook, self.metric
+    def after_train(self):
+        if self.hook: self.hook.remove()
+        self.hook = None
+
+    def after_fit(self): self.learn.metrics = [m for m in self.metrics if m is not self.metric]

@@ -7,25 +7,26 @@ Docs: https://dglit.github.io/dglit/methods.rcl.html.md"""
 # %% auto #0
 __all__ = ['RCL']
 
-# %% ../../nbs/41_methods.rcl.ipynb #d4e7e640
+# %% ../../nbs/41_methods.rcl.ipynb #f52f73d9
 from math import inf
 
 from torch import nn
 
-from ..losses.rcl import check_margin, reverse_contrastive_loss
+from ..core import choose
+from ..losses.rcl import READINGS, check_margin, reverse_contrastive_loss
 from .core import Method
 
-# %% ../../nbs/41_methods.rcl.ipynb #b2afbbae
+# %% ../../nbs/41_methods.rcl.ipynb #51b278b9
 class RCL(Method):
     "Reverse contrastive loss (Duboudin et al., Algorithm 1): spreads the features of each class."
     def __init__(self,
-        weight=1., # alpha of Algorithm 1: a number, or a fastai schedule
+        weight:float=1., # alpha of Algorithm 1: a number, or a fastai schedule
         margin:float=inf, # m of Eq. 1, in (0, inf]; below 1 it keeps classes apart, inf: no limit
         per:str='feature', # What has extremes of its own when features are rescaled: see `rescale`
         module:nn.Module|None=None # Module whose output are the features; None: the model's body
     ):
         super().__init__(weight, module)
         self.margin,self.per = float(margin),per
-        check_margin(self.margin)
+        check_margin(self.margin); choose(per, READINGS, 'per')
 
     def term(self): return reverse_contrastive_loss(self.features, self.y, self.margin, self.per)
