@@ -25,7 +25,7 @@ def body_of(
     raise DglitError(f"{type(model).__name__} has neither a `body` nor the two parts (body, head) of a fastai vision model: "
                      "name the module whose output are the features, as in RCL(module=model.layer4)")
 
-# %% ../../nbs/40_methods.core.ipynb #4f3b3260
+# %% ../../nbs/40_methods.core.ipynb #22bb5476
 class Method(Callback):
     "Adds `weight * self.term()` to the training loss and logs the term's mean over each epoch."
     order,run_valid = 5,False
@@ -63,4 +63,6 @@ class Method(Callback):
         if self.hook: self.hook.remove()
         self.hook = None
 
-    def after_fit(self): self.learn.metrics = [m for m in self.metrics if m is not self.metric]
+    def after_fit(self):
+        self.after_train() # which a cancelled fit leaves out
+        self.learn.metrics = [m for m in self.metrics if m is not self.metric]
