@@ -88,7 +88,7 @@ def test_reading(): # the open points
 
 def test_figure_3_shows_what_the_records_say():
     points = pd.read_csv(RESULTS/'rcl-figure3.csv')
-    assert list(points.groupby(['row', 'domain'], sort=False).size()) == [1000]*6
+    assert list(points.groupby(['row', 'domain'], sort=False).size()) == [500]*6
     for (row, domain), p in points.groupby(['row', 'domain']):
         record = next(r for r in ALL if r.spec.row == row and r.spec.seed == 0)
-        assert abs(100*p.correct.mean() - record.metrics[domain]) < 6     # a thousand of the ten thousand digits
+        assert abs(100*p.correct.mean() - record.metrics[domain]) < 8     # five hundred of the ten thousand digits
