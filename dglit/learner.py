@@ -97,10 +97,16 @@ def evaluate(
     with learn.no_bar(): rows = {k: dict(accuracy=_accuracy(learn, dl), n=len(dl.dataset)) for k,dl in learn.dls.domains.items()}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('domain')
 
-# %% ../nbs/50_learner.ipynb #eef00083
+# %% ../nbs/50_learner.ipynb #32cd55ff
 class BFloat16(MixedPrecision):
     "Trains and evaluates under bfloat16 autocast, on any device."
-    def __init__(self): self.amp_mode = AMPMode.BF16
+    def __init__(self): self.amp_mode,self.inside = AMPMode.BF16,False
     def before_fit(self):
+        self.leave()
         self.autocast = torch.autocast(torch.device(self.dls.device).type, torch.bfloat16)
         self.learn.scaler,self.scales = torch.amp.GradScaler(enabled=False),[] # bfloat16 has float32's range: nothing to scale
+    def before_batch(self): self.leave(); self.autocast.__enter__(); self.inside = True
+    def after_loss(self): self.leave()
+    def leave(self): # an error in a batch would leave autocast on for the whole program
+        if self.inside: self.autocast.__exit__(None, None, None)
+        self.inside = False

@@ -34,6 +34,14 @@ def test_bit_identical(few, precision):
     assert a.curve != run(replace(spec, seed=1), few).curve
 
 
+def test_bfloat16_trains_as_float32_does(few):
+    "The 16-bit weights follow the 32-bit ones: the same curve, but for rounding."
+    specs = [replace(SHORT, method='erm', settings={}, precision=p, epochs=4, bs=16, lr=1e-2) for p in ('fp32', 'bf16')]
+    full, half = (run(s, few).curve for s in specs)
+    assert full[-1]['train_loss'] < full[0]['train_loss'] - .3
+    for a, b in zip(full, half): assert abs(a['train_loss'] - b['train_loss']) < .05 and abs(a['valid_loss'] - b['valid_loss']) < .2
+
+
 def test_weight_zero_is_erm(few):
     erm, zero = run(replace(SHORT, method='erm', settings={}), few), run(replace(SHORT, settings=dict(weight=0.)), few)
     assert erm.curve == [{k: v for k, v in o.items() if k != 'rcl'} for o in zero.curve]

@@ -8,7 +8,7 @@ Docs: https://dglit.github.io/dglit/experiments.run.html.md"""
 __all__ = ['SOURCES', 'DATASETS', 'MODELS', 'METHODS', 'OPTIMIZERS', 'Spec', 'settings_of', 'check', 'methods_of', 'learner_of',
            'Run', 'fit', 'run']
 
-# %% ../../nbs/60_experiments.run.ipynb #8549d1a4
+# %% ../../nbs/60_experiments.run.ipynb #08c5e045
 import json, math, platform, time
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -20,6 +20,7 @@ from fastai.callback.core import Callback
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
+from fastcore.basics import noop
 
 from ..core import DglitError, choose, set_seed
 from ..data.loaders import data_hash
@@ -147,7 +148,7 @@ class _EachEpoch(Callback):
     def __init__(self, f): self.f = f
     def after_epoch(self): self.f(self.track_domains.curve[-1])
 
-# %% ../../nbs/60_experiments.run.ipynb #346ab7c6
+# %% ../../nbs/60_experiments.run.ipynb #8ee3b05a
 def fit(
     learn:Learner, # From `learner_of`
     spec:Spec, # What it was made from
@@ -156,8 +157,10 @@ def fit(
     "Train the Learner as `spec` says, and record it."
     from dglit import __version__
     dls,track,start = learn.dls, learn.track_domains, time.perf_counter()
-    untouched = torch.autocast(dls.device.type, enabled=False) # restores the precision even if training fails
-    with learn.no_bar(), learn.no_logging(), untouched: learn.fit(spec.epochs, cbs=[_EachEpoch(each_epoch)] if each_epoch else [])
+    try:
+        with learn.no_bar(), learn.no_logging(): learn.fit(spec.epochs, cbs=[_EachEpoch(each_epoch)] if each_epoch else [])
+    finally:
+        for cb in learn.cbs.attrgot('leave', noop): cb() # BFloat16's: the precision, whatever happened
     seconds = time.perf_counter() - start
     done = len(track.curve) == spec.epochs
     return Run(spec, 'done' if done else 'diverged', {k: track.curve[track.selected][k] for k in dls.domains} if done else {},

@@ -7,8 +7,8 @@ Docs: https://dglit.github.io/dglit/experiments.sweep.html.md"""
 # %% auto #0
 __all__ = ['record_name', 'writable', 'sweep', 'sweep_with_progress']
 
-# %% ../../nbs/62_experiments.sweep.ipynb #d03b2442
-import hashlib
+# %% ../../nbs/62_experiments.sweep.ipynb #63e9538e
+import gc, hashlib
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -42,7 +42,7 @@ def writable(
     except OSError as e: raise DglitError(f"cannot write to {folder} ({e}): give another folder") from e
     return folder
 
-# %% ../../nbs/62_experiments.sweep.ipynb #880425ed
+# %% ../../nbs/62_experiments.sweep.ipynb #6775d609
 @cache
 def _digits(source): return SOURCES[source]()
 
@@ -51,6 +51,7 @@ def _run_one(spec, folder, threads):
     torch.set_num_threads(threads)
     r = run(spec, _digits(spec.source))
     write_whole(Path(folder)/record_name(spec), r.to_json() + '\n')
+    gc.collect() # a Learner and its callbacks hold each other, and the data
     return r
 
 # %% ../../nbs/62_experiments.sweep.ipynb #9b1059e8
