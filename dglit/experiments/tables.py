@@ -138,12 +138,12 @@ def as_text(
             '95% interval of test': '–' if pd.isna(t.low) else f'{t.low:.1f} to {t.high:.1f}', 'test − published': '–' if pd.isna(t.difference) else f'{t.difference:+.1f}'})
     return pd.DataFrame([line(g) for _,g in summary.groupby('row', sort=False)]).set_index('')
 
-# %% ../../nbs/61_experiments.tables.ipynb #a6ea0434
+# %% ../../nbs/61_experiments.tables.ipynb #caf04bd9
 def as_markdown(
     summary:pd.DataFrame # From `summarise`
 ) -> str:
     "The summary as a Markdown table."
-    return as_text(summary).to_markdown(colalign=('left', *['right']*7))
+    return as_text(summary).to_markdown(colalign=('left', *['right']*7), disable_numparse=True)
 
 # %% ../../nbs/61_experiments.tables.ipynb #d3f69c98
 def plot_table(
