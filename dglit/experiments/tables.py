@@ -8,7 +8,7 @@ Docs: https://dglit.github.io/dglit/experiments.tables.html.md"""
 __all__ = ['TABLES', 'RCL_TABLE2', 'RCL_OPEN_POINTS', 'Row', 'Table', 'training', 'specs_of', 'accuracies', 'summarise',
            'as_text', 'as_markdown', 'plot_table', 'read_runs']
 
-# %% ../../nbs/61_experiments.tables.ipynb #fcd367db
+# %% ../../nbs/61_experiments.tables.ipynb #d5691a3e
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import pandas as pd
 from scipy.stats import t as student
 
 from ..core import DglitError, choose
-from .run import METHODS, Run, Spec, settings_of
+from .run import Run, Spec, settings_of_methods
 from ..learner import select_epoch
 
 # %% ../../nbs/61_experiments.tables.ipynb #b5a67d17
@@ -72,13 +72,13 @@ RCL_OPEN_POINTS = TABLES['rcl-open-points'] = Table('rcl-open-points', 'Readings
     Row('mean-inf', 'm = ∞: mean in place of sum', _rcl(weight=1/3200), _inf),
     Row('fp32-inf', 'm = ∞: float32, three epochs', _rcl(precision='fp32', epochs=3), _inf)))
 
-# %% ../../nbs/61_experiments.tables.ipynb #c7ce746d
+# %% ../../nbs/61_experiments.tables.ipynb #818e4152
 def training(
     spec:Spec # A row's description
 ) -> Spec: # The same without what does not change the training
     "What determines the training alone: the spec without selection rule, table, row, and settings that are the default."
-    options = settings_of(METHODS[spec.method])
-    settings = {k: v for k,v in sorted(spec.settings.items()) if k not in options or v != options[k].default}
+    options = settings_of_methods(spec.method)
+    settings = {k: v for k,v in sorted(spec.settings.items()) if k not in options or v != options[k][1].default}
     return replace(spec, settings=settings, selection='best-valid', table='', row='')
 
 # %% ../../nbs/61_experiments.tables.ipynb #23984b19

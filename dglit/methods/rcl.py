@@ -14,10 +14,10 @@ from torch import nn
 
 from ..core import choose
 from ..losses.rcl import READINGS, check_margin, reverse_contrastive_loss
-from .core import Method
+from .core import FeatureMethod
 
 # %% ../../nbs/41_methods.rcl.ipynb #51b278b9
-class RCL(Method):
+class RCL(FeatureMethod):
     "Reverse contrastive loss (Duboudin et al., Algorithm 1): spreads the features of each class."
     def __init__(self,
         weight:float=1., # alpha of Algorithm 1: a number, or a fastai schedule
