@@ -8,9 +8,18 @@ from dglit.data.mnist_mp import *
 from dglit.experiments.latent import *
 from dglit.experiments.run import Run, Spec, run
 from dglit.experiments.sweep import sweep
-from dglit.experiments.tables import RCL_TABLE2, TABLES, as_markdown, plot_table, read_runs, summarise
+from dglit.experiments.tables import RCL_TABLE2, TABLES, as_markdown, plot_table, read_runs, report, summarise
 from dglit.learner import *
+from dglit.losses.decov import *
+from dglit.losses.orthogonality import *
 from dglit.losses.rcl import *
 from dglit.methods.core import *
+from dglit.methods.decov import *
+from dglit.methods.dropout import *
+from dglit.methods.jigsaw import *
+from dglit.methods.orthogonality import *
 from dglit.methods.rcl import *
+from dglit.methods.reconstruction import *
+from dglit.methods.rsc import *
+from dglit.methods.spectral_decoupling import *
 from dglit.models.convnet import *

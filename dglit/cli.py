@@ -73,7 +73,7 @@ def train(
         torch.save(learn.model.state_dict(), record.with_suffix('.pt'))
         print(f'Record: {record}   Weights: {record.with_suffix(".pt")}')
 
-# %% ../nbs/90_cli.ipynb #3771e40c
+# %% ../nbs/90_cli.ipynb #3e0de3df
 @app.command()
 def reproduce(
     table: Annotated[str, typer.Argument(help='See `dglit list`.')],
@@ -82,39 +82,63 @@ def reproduce(
     jobs: Annotated[int, typer.Option(help='Runs at a time.', min=1)] = 1,
     rows: Annotated[str, typer.Option(help='Names of rows, separated by commas; none: all.')] = '',
     source: Annotated[str, typer.Option(help='mnist, or the bundled digits.')] = 'mnist',
-    epochs: Annotated[int, typer.Option(help='Instead of the paper\'s; 0: the paper\'s.', min=0)] = 0):
+    epochs: Annotated[int, typer.Option(help='Instead of the paper\'s; 0: the paper\'s.', min=0)] = 0,
+    backend: Annotated[str, typer.Option(help='Where the runs go: loky (processes here), dask, ray.')] = 'loky',
+    address: Annotated[str, typer.Option(help='Of the Dask scheduler or the Ray head.')] = ''):
     "Run what a paper's table still lacks, and set the result beside it."
     from dglit.core import choose
     from dglit.experiments.sweep import sweep_with_progress
-    from dglit.experiments.tables import TABLES, as_text, specs_of, summarise
+    from dglit.experiments.tables import TABLES, specs_of
     t,changes = choose(table, TABLES, 'table'), dict(source=source, **(dict(epochs=epochs) if epochs else {}))
-    runs = sweep_with_progress(specs_of(t, seeds, rows.split(',') if rows else None, **changes), out, jobs)
-    print(f'\n{t.title}, accuracy in percent; published: {t.source}\n'); print(as_text(summarise(t, runs, **changes)).to_string())
+    runs = sweep_with_progress(specs_of(t, seeds, rows.split(',') if rows else None, **changes), out, jobs, backend=backend, address=address)
+    _report(t, runs, out)
+    if any(r.status == 'failed' for r in runs): sys.exit(1)
 
-# %% ../nbs/90_cli.ipynb #458d5785
+def _report(table, runs, out):
+    "Print a table and write its files, once for each source of digits and number of epochs."
+    from dglit.experiments.tables import as_text, report, variants
+    for changes in variants(table, runs):
+        s = report(table, runs, out, **changes)
+        print(f'\n{table.title}, accuracy in percent; published: {table.source}. Digits: {changes["source"]}, {changes["epochs"]} epochs\n')
+        print(as_text(s[s.n > 0]).to_string())
+        print(f'\nAlso in {out}: {table.name}-{changes["source"]}-{changes["epochs"]}.md, .csv, .png')
+
+# %% ../nbs/90_cli.ipynb #d63a8fe5
 @app.command()
 def report(
     path: Annotated[str, typer.Argument(help='A folder of records, or a .jsonl file.')],
-    table: Annotated[str, typer.Option(help='See `dglit list`.')] = 'rcl-table2'):
-    "A table from recorded runs, beside the published one."
-    from dglit.core import choose
-    from dglit.experiments.tables import TABLES, as_text, read_runs, summarise
-    t,runs = choose(table, TABLES, 'table'), read_runs(path)
-    changes = {k: getattr(runs[0].spec, k) for k in ('source','epochs')} if runs else {}
-    print(f'{t.title}, accuracy in percent; published: {t.source}\n'); print(as_text(summarise(t, runs, **changes)).to_string())
+    table: Annotated[str, typer.Option(help='See `dglit list`; none: every table that the records name.')] = '',
+    out: Annotated[str, typer.Option(help='Folder for the files; none: that of the records.')] = ''):
+    "The table that records make, beside the published one: printed, and as Markdown, CSV and PNG."
+    from pathlib import Path
+    from dglit.core import DglitError, choose
+    from dglit.experiments.sweep import writable
+    from dglit.experiments.tables import TABLES, read_runs
+    runs = read_runs(path, unreadable := [])
+    tables = [table] if table else [k for k in TABLES if any(r.spec.table == k for r in runs)]
+    if not any(r.spec.table in tables for r in runs): raise DglitError(f"no record of {table or 'any table'} in {path}: give a folder that `dglit reproduce` wrote")
+    folder = writable(out or (path if Path(path).is_dir() else Path(path).parent))
+    for name in tables: _report(choose(name, TABLES, 'table'), runs, folder)
+    for r in runs:
+        if r.status != 'done': print(f'{r.spec.row}, seed {r.spec.seed}: {r.status} {r.error.splitlines()[-1:] or ""}')
+    for o in unreadable: print(o)
 
-# %% ../nbs/90_cli.ipynb #d554b189
+# %% ../nbs/90_cli.ipynb #173d0885
 @app.command('list')
-def list_():
-    "The tables, datasets and methods there are."
+def list_(table: Annotated[str, typer.Argument(help='A table, whose rows are listed; none: everything there is.')] = ''):
+    "The tables, datasets and methods there are, a line each; or the rows of a table."
+    from dglit.core import choose
     from dglit.experiments.run import DATASETS, METHODS, SOURCES
     from dglit.experiments.tables import TABLES
     first = lambda o: (o.__doc__ or '').strip().split('\n')[0]
-    rows = lambda d: '\n'.join(f'  {k:14} {v}' for k,v in d.items())
-    print('tables\n' + rows({k: f'{t.title} ({t.source}); rows: {", ".join(r.name for r in t.rows)}' for k,t in TABLES.items()}))
-    print('datasets\n' + rows({k: first(f) for k,f in DATASETS.items()}))
-    print('methods\n' + rows({k: first(f) if f else 'Plain training: empirical risk minimization.' for k,f in METHODS.items()}))
-    print('sources\n' + rows({k: first(f) for k,f in SOURCES.items()}))
+    lines = lambda d: '\n'.join(f'  {k:{max(map(len, d))}}  {v}' for k,v in d.items())
+    if table:
+        pm = lambda o: f'{o[0]} ± {o[1]}'
+        return print(lines({r.name: f'{r.label}: published {", ".join(f"{k} {pm(v)}" for k,v in r.published.items())}' for r in choose(table, TABLES, 'table').rows}))
+    print('tables\n' + lines({k: f'{t.title} ({t.source}): {len(t.rows)} rows' for k,t in TABLES.items()}))
+    print('datasets\n' + lines({k: first(f) for k,f in DATASETS.items()}))
+    print('methods\n' + lines({k: first(f) if f else 'Plain training: empirical risk minimization.' for k,f in METHODS.items()}))
+    print('sources\n' + lines({k: first(f) for k,f in SOURCES.items()}))
 
 # %% ../nbs/90_cli.ipynb #41f28dcd
 def main():

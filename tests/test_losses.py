@@ -1,4 +1,4 @@
-"Types, devices, transforms and properties that the notebook of the loss leaves out."
+"Types, devices, transforms and properties that the notebooks of the losses leave out."
 from math import inf
 
 import pytest
@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dglit.core import DglitError
+from dglit.losses.decov import decov
+from dglit.losses.orthogonality import double_soft_orthogonality
 from dglit.losses.rcl import l1_distances, rescale, reverse_contrastive_loss
 
 MARGINS = [0.2, 0.4, 0.6, 0.8, 0.9, 1., inf]
@@ -94,3 +96,59 @@ def test_unknown_reading():
 def test_cuda_agrees(m):
     f, y = torch.randn(64, 8, 5, 5), torch.randint(10, (64,))
     assert torch.allclose(reverse_contrastive_loss(f.cuda(), y.cuda(), m).cpu(), reverse_contrastive_loss(f, y, m), rtol=1e-4)
+
+
+# The penalties of the rivals
+
+def covariance_loop(h):
+    c = [[((h[:, i] - h[:, i].mean())*(h[:, j] - h[:, j].mean())).mean() for j in range(h.shape[1])] for i in range(h.shape[1])]
+    return sum(c[i][j]**2 for i in range(len(c)) for j in range(len(c)) if i != j)/2 + h.sum()*0
+
+
+def orthogonality_by_eigenvalues(w):
+    s = torch.linalg.svdvals(w.flatten(1))**2
+    return 2*((s - 1)**2).sum() + abs(w.shape[0] - w[0].numel())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 6), st.integers(0, 2**31))
+def test_decov_equals_the_loop(n, c, seed):
+    h = torch.randn(n, c, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert torch.allclose(decov(h), covariance_loop(h), atol=1e-12)
+    assert torch.allclose(decov(h + 7), decov(h), atol=1e-10)                   # a shift changes nothing
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 2**31))
+def test_orthogonality_equals_its_eigenvalues(k, d, seed):
+    w = torch.randn(k, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert torch.allclose(double_soft_orthogonality(w), orthogonality_by_eigenvalues(w), atol=1e-9)
+    assert double_soft_orthogonality(w) >= abs(k - d) - 1e-9
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('loss', [decov, double_soft_orthogonality])
+def test_penalties_in_every_type(loss, dtype):
+    for shape in ((6, 4, 3, 3), (1, 4), (6, 1)):
+        x = (torch.randn(shape)/4).to(dtype).requires_grad_()
+        value = loss(x)
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and value.isfinite()
+        value.backward()
+        assert x.grad.dtype == dtype and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('loss', [decov, double_soft_orthogonality])
+def test_penalties_transform(loss):
+    x = torch.randn(3, 6, 4)
+    many = torch.func.vmap(loss)(x)
+    assert torch.allclose(many, torch.stack([loss(o) for o in x]))
+    assert torch.allclose(torch.compile(loss, fullgraph=True, backend='eager')(x[0]), many[0])
+    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(loss(x[0]), loss(x[0].clone())) and loss(x[0]).dtype == torch.float32
+    assert torch.allclose(loss(x[0]), many[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.parametrize('loss', [decov, double_soft_orthogonality])
+def test_penalties_on_cuda(loss):
+    x = torch.randn(64, 8, 5, 5)
+    assert torch.allclose(loss(x.cuda()).cpu(), loss(x), rtol=1e-4)

@@ -6,10 +6,10 @@ Docs: https://dglit.github.io/dglit/experiments.run.html.md"""
 
 # %% auto #0
 __all__ = ['SOURCES', 'DATASETS', 'MODELS', 'METHODS', 'OPTIMIZERS', 'Spec', 'settings_of', 'settings_of_methods', 'check',
-           'methods_of', 'learner_of', 'Run', 'fit', 'run']
+           'methods_of', 'learner_of', 'Run', 'fit', 'run', 'run_or_record']
 
-# %% ../../nbs/60_experiments.run.ipynb #72d83c13
-import json, math, platform, time
+# %% ../../nbs/60_experiments.run.ipynb #51c62d55
+import json, math, platform, time, traceback
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from importlib.metadata import version
@@ -163,7 +163,11 @@ class Run:
         for o in (d['settings'], d['data']): o.update({k: float(v) for k,v in o.items() if v in ('inf','-inf','nan')})
         return cls(Spec(**{f.name: d.pop(f.name) for f in fields(Spec) if f.name in d}), **d)
 
-# %% ../../nbs/60_experiments.run.ipynb #bbe175f9
+# %% ../../nbs/60_experiments.run.ipynb #6ced8ee8
+def _versions():
+    from dglit import __version__
+    return dict(dglit=__version__, python=platform.python_version(), **{o: version(o) for o in ('torch','fastai')})
+
 def _device(dls):
     return torch.cuda.get_device_name(dls.device) if dls.device.type == 'cuda' else f'{dls.device.type}, {torch.get_num_threads()} threads'
 
@@ -173,14 +177,13 @@ class _EachEpoch(Callback):
     def __init__(self, f): self.f = f
     def after_epoch(self): self.f(self.track_domains.curve[-1])
 
-# %% ../../nbs/60_experiments.run.ipynb #8ee3b05a
+# %% ../../nbs/60_experiments.run.ipynb #58fe7c74
 def fit(
     learn:Learner, # From `learner_of`
     spec:Spec, # What it was made from
     each_epoch=None # Called with each epoch's measurements, to show progress
 ) -> Run:
     "Train the Learner as `spec` says, and record it."
-    from dglit import __version__
     dls,track,start = learn.dls, learn.track_domains, time.perf_counter()
     try:
         with learn.no_bar(), learn.no_logging(): learn.fit(spec.epochs, cbs=[_EachEpoch(each_epoch)] if each_epoch else [])
@@ -189,10 +192,9 @@ def fit(
     seconds = time.perf_counter() - start
     done = len(track.curve) == spec.epochs
     return Run(spec, 'done' if done else 'diverged', {k: track.curve[track.selected][k] for k in dls.domains} if done else {},
-        track.selected if done else -1, track.curve, round(seconds, 1), _device(dls),
-        dict(dglit=__version__, python=platform.python_version(), **{o: version(o) for o in ('torch','fastai')}), data_hash(dls))
+        track.selected if done else -1, track.curve, round(seconds, 1), _device(dls), _versions(), data_hash(dls))
 
-# %% ../../nbs/60_experiments.run.ipynb #83734877
+# %% ../../nbs/60_experiments.run.ipynb #6d6ad072
 def run(
     spec:Spec, # What to run
     digits:Digits|None=None, # The source's digits, if they are loaded already
@@ -200,3 +202,11 @@ def run(
 ) -> Run:
     "Train and evaluate what `spec` describes."
     return fit(learner_of(spec, digits), spec, each_epoch)
+
+def run_or_record(
+    spec:Spec, # What to run
+    digits:Digits|None=None, # The source's digits, if they are loaded already
+) -> Run: # Of status 'failed', with the traceback, if the run raised an error
+    "`run`, for when others are waiting: an error is recorded, not raised."
+    try: return run(spec, digits)
+    except Exception: return Run(spec, 'failed', {}, -1, [], 0., '', _versions(), '', error=traceback.format_exc())

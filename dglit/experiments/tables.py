@@ -6,17 +6,18 @@ Docs: https://dglit.github.io/dglit/experiments.tables.html.md"""
 
 # %% auto #0
 __all__ = ['TABLES', 'RCL_TABLE2', 'RCL_OPEN_POINTS', 'Row', 'Table', 'training', 'specs_of', 'accuracies', 'summarise',
-           'as_text', 'as_markdown', 'plot_table', 'read_runs']
+           'as_text', 'as_markdown', 'plot_table', 'read_runs', 'variants', 'report']
 
-# %% ../../nbs/61_experiments.tables.ipynb #d5691a3e
+# %% ../../nbs/61_experiments.tables.ipynb #d8c42539
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from scipy.stats import t as student
 
-from ..core import DglitError, choose
+from ..core import DglitError, choose, write_whole
 from .run import Run, Spec, settings_of_methods
 from ..learner import select_epoch
 
@@ -39,7 +40,7 @@ class Table:
 
     def row(self, name:str) -> Row: return choose(name, {r.name: r for r in self.rows}, f'row of {self.name}')
 
-# %% ../../nbs/61_experiments.tables.ipynb #07bed959
+# %% ../../nbs/61_experiments.tables.ipynb #4d9295d4
 def _rcl(margin=None, data={}, selection='best-valid', precision='bf16', epochs=10, **settings):
     if margin: settings['margin'] = margin
     return Spec(method='rcl', settings=settings, data=data, selection=selection, precision=precision, epochs=epochs)
@@ -49,6 +50,15 @@ def _mp(valid, valid_std, test, test_std): return dict(valid=(valid, valid_std),
 TABLES = {}
 RCL_TABLE2 = TABLES['rcl-table2'] = Table('rcl-table2', 'RCL on MNIST-MP', 'Duboudin et al., Table 2, 10 runs', (
     Row('erm', 'Standard', Spec(), _mp(99.8, .006, 26.0, 4.7)),
+    Row('dropout', 'Dropout', Spec(method='dropout'), _mp(99.8, .01, 31.9, 3.1)),
+    Row('dropout-orthogonality', 'Dropout & orthogonality', Spec(method='dropout+orthogonality'), _mp(99.8, .008, 42.7, 2.6)),
+    Row('dropout-decov', 'Dropout & covariance', Spec(method='dropout+decov'), _mp(99.8, .002, 42.6, 2.0)),
+    Row('jigsaw', 'Jigsaw puzzle', Spec(method='jigsaw'), _mp(99.8, .01, 43.0, 3.0)),
+    Row('jigsaw-early', 'Jigsaw puzzle, early stopping at 95%', Spec(method='jigsaw', selection='early-stop@95'), _mp(98.5, .3, 59.9, 4.5)),
+    Row('reconstruction', 'Reconstruction', Spec(method='reconstruction'), _mp(99.8, .007, 28.5, 4.8)),
+    Row('spectral-decoupling', 'Spectral decoupling', Spec(method='spectral_decoupling'), _mp(99.8, .004, 47.7, 2.9)),
+    Row('spectral-decoupling-early', 'Spectral decoupling, early stopping at 95%', Spec(method='spectral_decoupling', selection='early-stop@95'), _mp(99.4, .09, 49.8, 1.5)),
+    Row('rsc', 'RSC', Spec(method='rsc'), _mp(99.2, .2, 43.5, 5.0)),
     Row('rcl-0.2', 'RCL, m = 0.2', _rcl(.2), _mp(99.8, .007, 12.5, 2.6)),
     Row('rcl-0.4', 'RCL, m = 0.4', _rcl(.4), _mp(99.8, .007, 19.9, 5.5)),
     Row('rcl-0.6', 'RCL, m = 0.6', _rcl(.6), _mp(99.8, .009, 36.8, 5.6)),
@@ -125,7 +135,7 @@ def summarise(
                 low=x.mean()-half, high=x.mean()+half, published=mean, published_std=std, difference=x.mean()-mean))
     return pd.DataFrame(lines)
 
-# %% ../../nbs/61_experiments.tables.ipynb #2b7b1c9f
+# %% ../../nbs/61_experiments.tables.ipynb #99e70666
 def as_text(
     summary:pd.DataFrame # From `summarise`
 ) -> pd.DataFrame: # A line for each row, columns as a reader wants them
@@ -135,15 +145,16 @@ def as_text(
         v,t = (g[g.domain == o].iloc[0] for o in ('valid','test'))
         return pd.Series({'': t.label, 'n': t.n, 'validation': pm(v['mean'], v['std']), 'published validation': pm(v.published, v.published_std),
             'test': pm(t['mean'], t['std']), 'published test': pm(t.published, t.published_std),
-            '95% interval of test': '–' if pd.isna(t.low) else f'{t.low:.1f} to {t.high:.1f}', 'test − published': '–' if pd.isna(t.difference) else f'{t.difference:+.1f}'})
+            'test − published': '–' if pd.isna(t.difference) else f'{t.difference:+.1f}', '95% interval of test': '–' if pd.isna(t.low) else f'{t.low:.1f} to {t.high:.1f}',
+            'published inside': '–' if pd.isna(t.low) else 'yes' if t.low <= t.published <= t.high else 'no'})
     return pd.DataFrame([line(g) for _,g in summary.groupby('row', sort=False)]).set_index('')
 
-# %% ../../nbs/61_experiments.tables.ipynb #caf04bd9
+# %% ../../nbs/61_experiments.tables.ipynb #e585feb5
 def as_markdown(
     summary:pd.DataFrame # From `summarise`
 ) -> str:
     "The summary as a Markdown table."
-    return as_text(summary).to_markdown(colalign=('left', *['right']*7), disable_numparse=True)
+    return as_text(summary).to_markdown(colalign=('left', *['right']*8), disable_numparse=True)
 
 # %% ../../nbs/61_experiments.tables.ipynb #d3f69c98
 def plot_table(
@@ -159,16 +170,45 @@ def plot_table(
     ax.invert_yaxis(); ax.grid(axis='x', alpha=.3); ax.legend(loc='upper right')
     return ax
 
-# %% ../../nbs/61_experiments.tables.ipynb #517668d1
+# %% ../../nbs/61_experiments.tables.ipynb #9c7b817a
 def read_runs(
-    path # A folder of .json files, or one .jsonl file
+    path, # A folder of .json files, one such file, or a .jsonl file
+    unreadable:list|None=None # If a list: takes a message for each file that is no record, in place of the error
 ) -> list: # Runs
-    "Read recorded runs; a `DglitError` names a file that cannot be read."
+    "Read recorded runs; what is no record of this schema is named in a `DglitError`, or in `unreadable`."
     path = Path(path)
     if not path.exists(): raise DglitError(f"{path} does not exist: give a folder of records or a .jsonl file")
     files,runs = sorted(path.glob('*.json')) if path.is_dir() else [path], []
     for f in files:
         for i,line in enumerate(f.read_text(encoding='utf-8').splitlines(), 1):
             try: runs.append(Run.from_json(line))
-            except (ValueError, TypeError, KeyError, AttributeError) as e: raise DglitError(f"{f}, line {i}, is no record of a run ({e}): move it away, or restore it") from e
+            except (ValueError, TypeError, KeyError, AttributeError) as e:
+                message = f"{f}, line {i}, is no record of a run ({e}): move it away, or restore it"
+                if unreadable is None: raise DglitError(message) from e
+                unreadable.append(message)
     return runs
+
+# %% ../../nbs/61_experiments.tables.ipynb #a43298ee
+def variants(
+    table:Table, # The published table
+    runs:list # Our runs
+) -> list: # Dicts such as {'source': 'mnist', 'epochs': 10}, the table's own first
+    "The sources of digits and numbers of epochs that runs of a table's trainings come in."
+    own = training(table.rows[0].spec)
+    found = {(r.spec.source, r.spec.epochs) for r in runs if r.spec.table == table.name}
+    return [dict(source=s, epochs=e) for s,e in sorted(found, key=lambda o: (o != (own.source, own.epochs), o))]
+
+def report(
+    table:Table, # The published table
+    runs:list, # Our runs
+    folder, # Where the files go
+    **changes # As for `specs_of`
+) -> pd.DataFrame: # From `summarise`
+    "Write `<table>.md`, `.csv` and `.png`: our runs beside the published figures."
+    s,name = summarise(table, runs, **changes),Path(folder)/'-'.join([table.name, *map(str, changes.values())])
+    write_whole(f'{name}.md', f'# {table.title}\n\nAccuracy in percent; published: {table.source}.\n\n{as_markdown(s)}\n')
+    write_whole(f'{name}.csv', s.to_csv(index=False))
+    png,ax = BytesIO(),plot_table(s)
+    ax.figure.savefig(png, format='png', dpi=150, bbox_inches='tight'); plt.close(ax.figure)
+    write_whole(f'{name}.png', png.getvalue())
+    return s

@@ -103,7 +103,7 @@ class FeatureMethod(Method):
         if self.hook: self.hook.remove()
         self.hook = self.features = None
 
-# %% ../../nbs/40_methods.core.ipynb #4e6931a1
+# %% ../../nbs/40_methods.core.ipynb #01136413
 class NetMethod(FeatureMethod):
     "A `FeatureMethod` with a network `self.net` of its own, trained with the model's."
     net,memory = None,{}
@@ -125,15 +125,15 @@ class NetMethod(FeatureMethod):
         mine,lists = list(self.net.parameters()),self.opt.param_lists
         if any(p is mine[0] for p in lists[-1]): return
         self.opt.param_lists = L([*lists[:-1], [*lists[-1], *mine]])
-        self._state.update(self.memory)
+        self._opt_state.update(self.memory)
 
     def leave(self):
         mine = set(self.net.parameters())
         self.opt.param_lists = L([[p for p in o if p not in mine] for o in self.opt.param_lists])
-        self.memory = {p: self._state.pop(p) for p in mine if p in self._state}
+        self.memory = {p: self._opt_state.pop(p) for p in mine if p in self._opt_state}
 
     @property
-    def _state(self): return getattr(self.opt, 'opt', self.opt).state # fastai's optimizer, or PyTorch's in an OptimWrapper
+    def _opt_state(self): return getattr(self.opt, 'opt', self.opt).state # fastai's optimizer, or PyTorch's in an OptimWrapper
 
 # %% ../../nbs/40_methods.core.ipynb #12a333f9
 class FeatureEdit(Callback):

@@ -14,7 +14,7 @@ from torch import nn
 from ..core import DglitError
 from .core import NetMethod
 
-# %% ../../nbs/46_methods.reconstruction.ipynb #0096938b
+# %% ../../nbs/46_methods.reconstruction.ipynb #6dc4d148
 class Decoder(nn.Module):
     "Four transposed convolutions, then tanh: features to images in [-1,1]."
     def __init__(self,
@@ -27,6 +27,7 @@ class Decoder(nn.Module):
         self.layers = nn.Sequential(
             nn.ConvTranspose2d(c_in, c_in, 2, stride=2), nn.ReLU(), nn.ConvTranspose2d(c_in, c, 5), nn.ReLU(),
             nn.ConvTranspose2d(c, c, 2, stride=2), nn.ReLU(), nn.ConvTranspose2d(c, c_out, 5))
+        self.to(memory_format=torch.channels_last)
 
     def forward(self,
         features # [N,c_in,h,w]

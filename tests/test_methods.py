@@ -1,0 +1,207 @@
+"What every method promises: any Learner, in company, and nothing left behind."
+from functools import partial
+
+import pytest
+import torch
+from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.schedule import SchedLin
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fastai.optimizer import Adam, OptimWrapper, ranger
+from fastai.vision.learner import vision_learner
+from torch import nn
+from torchvision.models import resnet18
+
+from dglit.core import DglitError, set_seed
+from dglit.data.mnist import Digits
+from dglit.data.mnist_mp import mnist_mp
+from dglit.experiments.run import METHODS, Spec, methods_of, run
+from dglit.learner import BFloat16
+from dglit.methods.jigsaw import Jigsaw
+from dglit.methods.reconstruction import Reconstruction
+from dglit.methods.rsc import RSC
+
+NAMES = [k for k, v in METHODS.items() if v]
+OPTIMIZERS = dict(fastai=Adam, ranger=ranger, torch=partial(OptimWrapper, opt=torch.optim.AdamW))
+WEIGHTED = [o for o in NAMES if o not in ('dropout', 'rsc')]
+
+
+@pytest.fixture(scope='module')
+def few(digits): return Digits(digits.x_train[:128], digits.y_train[:128], digits.x_test[:64], digits.y_test[:64])
+
+
+def tiny():
+    "A body of 8 channels and a head with dropout and batch norm: what a method may meet, in little time."
+    model = nn.Module()
+    model.body = nn.Sequential(nn.Conv2d(3, 8, 5, stride=3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
+    model.head = nn.Sequential(nn.Flatten(), nn.Linear(128, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(.3), nn.Linear(16, 10))
+    model.forward = lambda x: model.head(model.body(x))
+    return model
+
+
+def learner(few, cbs=(), model=None, **kwargs):
+    set_seed(0)
+    return Learner(mnist_mp(few, bs=32, size=28), model or tiny(), CrossEntropyLossFlat(), lr=1e-3, metrics=accuracy, cbs=cbs, **kwargs)
+
+
+def fit(learn, epochs=1):
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs)
+    return learn
+
+
+def same(a, b): return all(torch.equal(*o) for o in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+def finite(learn): return all(p.isfinite().all() for p in learn.model.parameters())
+def hooks(model): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+class Fails(Callback):
+    "An error in the middle of a batch."
+    order = 4
+    def after_pred(self):
+        if self.training: raise RuntimeError('out of luck')
+
+
+class Cancels(Callback):
+    "An end in the middle of a batch."
+    order = 4
+    def after_pred(self):
+        if self.training and self.iter == 2: raise CancelFitException
+
+
+@pytest.mark.parametrize('opt', OPTIMIZERS)
+@pytest.mark.parametrize('name', NAMES)
+def test_leaves_the_learner_as_it_found_it(few, name, opt):
+    learn = learner(few, METHODS[name](), opt_func=OPTIMIZERS[opt])
+    before = list(learn.model.state_dict())
+    fit(learn); fit(learn)
+    assert list(learn.model.state_dict()) == before and hooks(learn.model) == 0 and finite(learn)
+    assert {id(p) for o in learn.opt.param_lists for p in o} == {id(p) for p in learn.model.parameters()}
+    assert learn.metrics.attrgot('name') == ['accuracy']
+    learn.opt.load_state_dict(learn.opt.state_dict())
+    learn.remove_cb(METHODS[name])
+    assert finite(fit(learn))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_leaves_nothing_after_a_cancel_or_an_error(few, name):
+    learn = fit(learner(few, [METHODS[name](), Cancels()]))
+    assert hooks(learn.model) == 0 and {id(p) for o in learn.opt.param_lists for p in o} == {id(p) for p in learn.model.parameters()}
+    learn = learner(few, METHODS[name]())
+    with pytest.raises(RuntimeError), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Fails())
+    fit(learn)
+    assert hooks(learn.model) == 0 and finite(learn)
+
+
+@pytest.mark.parametrize('name', WEIGHTED)
+def test_a_weight_may_be_a_schedule(few, name):
+    a, b = fit(learner(few, METHODS[name](SchedLin(0., 1.)))), fit(learner(few, METHODS[name](SchedLin(0., 0.))))
+    assert finite(a) and not same(a, b)
+
+
+@pytest.mark.parametrize('name', [o for o in WEIGHTED if o != 'jigsaw']) # whose second pass batch norm counts, at any weight
+def test_weight_zero_is_plain_training(few, name): assert same(fit(learner(few, METHODS[name](0.))), fit(learner(few)))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_same_seed_gives_the_same_network(few, name):
+    a, b = (fit(learner(few, METHODS[name]())) for _ in range(2))
+    assert same(a, b) and not same(a, fit(learner(few)))
+
+
+def test_all_together_in_any_order(few):
+    "Every method at once: the order in which they are listed changes rounding alone."
+    weights = dict(rcl=.01, decov=.01, orthogonality=.1, jigsaw=.1, reconstruction=.1, spectral_decoupling=.01)
+    make = lambda: [METHODS[k](v) for k, v in weights.items()] + [METHODS['dropout'](.3)]
+    a, b = fit(learner(few, make())), fit(learner(few, make()[::-1]))
+    for p, q in zip(a.model.parameters(), b.model.parameters()): assert torch.allclose(p, q, atol=1e-4)
+    assert set(a.recorder.metric_names) == set(b.recorder.metric_names) >= {'rcl', 'de_cov', 'jigsaw'}
+
+
+@pytest.mark.parametrize('cbs', [BFloat16, partial(GradientAccumulation, 64), partial(GradientClip, .1)], ids=['bfloat16', 'accumulation', 'clip'])
+@pytest.mark.parametrize('name', NAMES)
+def test_with_fastai_callbacks(few, name, cbs): assert finite(fit(learner(few, [METHODS[name](), cbs()])))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_one_cycle_schedule_and_discriminative_rates(few, name):
+    learn = learner(few, METHODS[name](), splitter=lambda m: [list(m.body.parameters()), list(m.head.parameters())])
+    with learn.no_bar(), learn.no_logging():
+        learn.freeze(); learn.fit_one_cycle(1, 1e-4)
+        learn.unfreeze(); learn.fit_one_cycle(1, slice(1e-5, 1e-4))
+    assert finite(learn) and all(p.requires_grad for p in learn.model.parameters())
+
+
+class Items:
+    "Images and labels, for fastai's own loaders."
+    def __init__(self, n): self.x, self.y = torch.randn(n, 3, 32, 32).clamp(-1, 1), torch.arange(n) % 3
+    def __len__(self): return len(self.y)
+    def __getitem__(self, i): return self.x[i], self.y[i]
+    def new_empty(self): return Items(0)
+
+
+def images():
+    dls = DataLoaders(*(DataLoader(Items(n), bs=4, device='cpu') for n in (8, 4)))
+    dls.c = 3
+    return dls
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_on_a_resnet(name, tmp_path):
+    "fastai's vision_learner with a pretrained-style head, dropout and batch norm in it; export and prediction."
+    set_seed(0)
+    learn = vision_learner(images(), resnet18, pretrained=False, normalize=False, loss_func=CrossEntropyLossFlat(), cbs=[METHODS[name](), BFloat16()], path=tmp_path)
+    before = list(learn.model.state_dict())
+    fit(learn)
+    assert finite(learn) and list(learn.model.state_dict()) == before and hooks(learn.model) == 0
+    learn.export('learn.pkl')
+    back = torch.load(tmp_path/'learn.pkl', weights_only=False)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(back.model.eval()(x), learn.model.eval()(x))
+
+
+def test_rsc_leaves_running_means_to_training():
+    "The head's look ahead is an evaluation: batch norm counts each batch once."
+    set_seed(0)
+    learn = vision_learner(images(), resnet18, pretrained=False, normalize=False, loss_func=CrossEntropyLossFlat(), cbs=RSC(.3))
+    fit(learn)
+    bn = next(m for m in learn.model[1].modules() if isinstance(m, nn.BatchNorm1d))
+    assert bn.num_batches_tracked == 2
+
+
+def test_what_cannot_be_done_is_said(few):
+    flat = nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(2352, 8)), nn.Linear(8, 10))
+    with pytest.raises(DglitError, match=r'features of shape \(32, 8\): Decoder needs'): fit(learner(few, Reconstruction(), flat))
+    for name in ('rcl', 'dropout', 'decov', 'jigsaw', 'rsc', 'orthogonality'): assert finite(fit(learner(few, METHODS[name](), nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(2352, 8)), nn.Linear(8, 10)))))
+    whole = nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(2352, 10))
+    with pytest.raises(DglitError, match='has neither a `body`'): fit(learner(few, RSC(), whole))
+    with pytest.raises(DglitError, match='has no convolutional or linear layer'): fit(learner(few, Jigsaw(), nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(10), nn.PReLU())))
+
+    class Brighter(Callback):
+        def before_batch(self): self.learn.xb = (self.x*3,)
+    with pytest.raises(DglitError, match='Decoder draws in'): fit(learner(few, [Reconstruction(), Brighter()]))
+
+
+def test_methods_name_their_settings():
+    spec = Spec(method='jigsaw+reconstruction', settings={'jigsaw.weight': 2., 'reconstruction.weight': .5})
+    assert [o.weight for o in methods_of(spec)] == [2., .5]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.parametrize('name', NAMES)
+def test_on_cuda(few, name):
+    r = run(Spec(method=name, source='digits', bs=32, epochs=1), few)
+    assert r.status == 'done' and r.device != 'cpu'
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.parametrize('name', NAMES)
+def test_half_precision_on_cuda(few, name):
+    learn = learner(few, [METHODS[name](), MixedPrecision()])
+    learn.dls = mnist_mp(few, bs=32, size=28, device='cuda')
+    learn.model.cuda()
+    assert finite(fit(learn))
