@@ -28,11 +28,12 @@ def demo(
     print(f'\nAccuracy in percent, mean ± standard deviation over {seeds} seeds:\n\n{demo(out, seeds).to_string()}\n')
     print(f'Settings are the demo\'s, not the paper\'s. Figure: {out}/demo.png   Records: {out}/demo.jsonl')
 
-# %% ../nbs/90_cli.ipynb #7227e9e1
+# %% ../nbs/90_cli.ipynb #f25de41e
 def _settings(pairs):
     "['margin=0.9', 'per=batch'] as a dict, numbers as numbers."
     from dglit.core import DglitError
     def value(v):
+        if v in ('True','False'): return v == 'True'
         try: return int(v) if v.lstrip('-').isdigit() else float(v)
         except ValueError: return v
     for o in pairs:

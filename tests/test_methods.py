@@ -22,9 +22,10 @@ from dglit.data.mnist import Digits
 from dglit.data.mnist_mp import mnist_mp
 from dglit.experiments.run import METHODS, Spec, methods_of, run
 from dglit.learner import BFloat16
-from dglit.methods.jigsaw import Jigsaw
+from dglit.methods.core import step_generator
+from dglit.methods.jigsaw import PERMUTATIONS, Jigsaw
 from dglit.methods.reconstruction import Reconstruction
-from dglit.methods.rsc import RSC
+from dglit.methods.rsc import RSC, rsc_mask
 
 NAMES = [k for k, v in METHODS.items() if v]
 OPTIMIZERS = dict(fastai=Adam, ranger=ranger, torch=partial(OptimWrapper, opt=torch.optim.AdamW))
@@ -44,9 +45,9 @@ def tiny():
     return model
 
 
-def learner(few, cbs=(), model=None, **kwargs):
+def learner(few, cbs=(), model=None, bs=32, **kwargs):
     set_seed(0)
-    return Learner(mnist_mp(few, bs=32, size=28), model or tiny(), CrossEntropyLossFlat(), lr=1e-3, metrics=accuracy, cbs=cbs, **kwargs)
+    return Learner(mnist_mp(few, bs=bs, size=28), model or tiny(), CrossEntropyLossFlat(), lr=1e-3, metrics=accuracy, cbs=cbs, **kwargs)
 
 
 def fit(learn, epochs=1):
@@ -120,6 +121,51 @@ def test_all_together_in_any_order(few):
     a, b = fit(learner(few, make())), fit(learner(few, make()[::-1]))
     for p, q in zip(a.model.parameters(), b.model.parameters()): assert torch.allclose(p, q, atol=1e-4)
     assert set(a.recorder.metric_names) == set(b.recorder.metric_names) >= {'rcl', 'de_cov', 'jigsaw'}
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_degenerate_batches(digits, name):
+    "A batch of one image, and batches of one class."
+    plain = lambda: nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 5, stride=3), nn.ReLU(), nn.MaxPool2d(2)), nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+    one_class = digits.y_train == 3
+    for n, bs in ((2, 1), (8, 4)):
+        x, y = digits.x_train[one_class][:n], digits.y_train[one_class][:n]
+        learn = fit(learner(Digits(x, y, x, y), METHODS[name](), plain(), bs=bs))
+        assert finite(learn) and learn.opt.state_dict()['state'], 'a step was taken'
+
+
+def test_the_jigsaw_term_is_its_definition(few):
+    "Image by image: shuffle the tiles, ask the second head, take the cross-entropy of the permutation."
+    class Check(Callback):
+        order, run_valid = 6, False
+        def after_loss(self):
+            j, net = self.learn.jigsaw, self.learn.model
+            which = torch.randint(24, (len(self.x),), generator=step_generator(j))
+            losses = []
+            for x, k in zip(self.x, which):
+                p, shuffled = PERMUTATIONS[k], torch.empty_like(x)
+                for place in range(4):
+                    (a, b), (c, d) = divmod(place, 2), divmod(int(p[place]), 2)
+                    shuffled[:, 14*a:14*a+14, 14*b:14*b+14] = x[:, 14*c:14*c+14, 14*d:14*d+14]
+                logits = j.net(net[1][:-1](net[0](shuffled[None])))
+                losses.append(-logits.log_softmax(1)[0, k])
+            assert torch.allclose(torch.stack(losses).mean(), j.term(), rtol=1e-4)
+    plain = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 5, stride=3), nn.ReLU()), nn.Sequential(nn.Flatten(), nn.Linear(256, 12), nn.ReLU(), nn.Linear(12, 10)))
+    fit(learner(few, [Jigsaw(), Check()], plain))
+
+
+def test_no_gradient_through_what_rsc_mutes():
+    "The body learns from what is left alone: the gradient of the features is that of the head, times the mask."
+    torch.manual_seed(0)
+    body, head = nn.Conv2d(3, 6, 5), nn.Sequential(nn.Flatten(), nn.Linear(6*16, 10))
+    x, y = torch.randn(4, 3, 8, 8), torch.arange(4)
+    f = body(x).detach().requires_grad_()
+    g, = torch.autograd.grad(head(f).gather(1, y[:, None]).sum(), f)
+    for places in (False, True):
+        mask = rsc_mask(f, g, .5, places).expand_as(f)
+        loss = nn.functional.cross_entropy(head(f*mask), y)
+        muted, = torch.autograd.grad(loss, f)
+        assert (muted[mask == 0] == 0).all() and (muted[mask == 1] != 0).any() and mask.mean() == .5
 
 
 @pytest.mark.parametrize('cbs', [BFloat16, partial(GradientAccumulation, 64), partial(GradientClip, .1)], ids=['bfloat16', 'accumulation', 'clip'])

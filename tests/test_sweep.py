@@ -153,6 +153,12 @@ def test_a_dask_cluster_of_two_workers(tmp_path):
     assert [o['valid'] for o in here[0].curve] == pytest.approx([o['valid'] for o in runs[0].curve], abs=2)
 
 
+def test_a_ray_cluster_of_two_workers(tmp_path):
+    pytest.importorskip('ray')
+    runs = sweep(SPECS[:2], tmp_path, jobs=2, backend='ray')
+    assert [r.status for r in runs] == ['done']*2 and len(read_runs(tmp_path)) == 2
+
+
 def test_a_backend_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'distributed', None)
     with pytest.raises(DglitError, match=r"pip install 'dglit\[dask\]'"): sweep(SPECS[:1], tmp_path, backend='dask')

@@ -69,7 +69,7 @@ class Spec:
     table: str = '' # The table, and the row of it, that the run is for
     row: str = ''
 
-# %% ../../nbs/60_experiments.run.ipynb #e4178e9d
+# %% ../../nbs/60_experiments.run.ipynb #f25e96ba
 def settings_of(
     f # A dataset or a method, or None
 ) -> dict: # Name -> parameter, with its default and its type
@@ -87,8 +87,8 @@ def settings_of_methods(
 def _check_type(name, value, needed):
     needed,*none = get_args(needed) or (needed,)
     if none and value is None: return
-    if needed in (int, float, str) and (isinstance(value, bool) or not isinstance(value, (int,float) if needed is float else needed)):
-        raise DglitError(f"{name} {value!r}: needed {dict(int='a whole number', float='a number', str='a word')[needed.__name__]}")
+    if needed in (int, float, str, bool) and ((isinstance(value, bool) and needed is not bool) or not isinstance(value, (int,float) if needed is float else needed)):
+        raise DglitError(f"{name} {value!r}: needed {dict(int='a whole number', float='a number', str='a word', bool='True or False')[needed.__name__]}")
 
 # %% ../../nbs/60_experiments.run.ipynb #203d09e3
 def check(spec:Spec):

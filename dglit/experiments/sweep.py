@@ -7,9 +7,9 @@ Docs: https://dglit.github.io/dglit/experiments.sweep.html.md"""
 # %% auto #0
 __all__ = ['record_name', 'writable', 'workers', 'sweep', 'label', 'seconds_left', 'sweep_with_progress']
 
-# %% ../../nbs/62_experiments.sweep.ipynb #983b4cd6
-import gc, hashlib, threading, time
-from contextlib import contextmanager
+# %% ../../nbs/62_experiments.sweep.ipynb #9ed535af
+import gc, hashlib, threading, time, uuid
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 from joblib import Parallel, cpu_count, delayed, parallel_config
+from joblib.parallel import get_active_backend
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
 from ..core import DglitError, choose, write_whole
@@ -34,24 +35,24 @@ def record_name(
     words = [s.dataset, s.method, *(f'{k}={v}' for k,v in {**s.settings, **s.data}.items()), s.source, f'seed{s.seed}']
     return '-'.join(o.replace('/','_') for o in words) + f'-{digest}.json'
 
-# %% ../../nbs/62_experiments.sweep.ipynb #535150e2
+# %% ../../nbs/62_experiments.sweep.ipynb #c1ca68c2
 def writable(
     folder, # Made if need be
     records:int=1 # How many records it is to hold
 ) -> Path: # `folder`
     "A `DglitError` unless so many records can be written to `folder`."
     folder = Path(folder)
-    try: write_whole(folder/'.room', bytes(records << 16)).unlink()
+    try: write_whole(folder/f'.room-{uuid.uuid4()}', bytes(records << 16)).unlink() # two sweeps may ask at once
     except OSError as e: raise DglitError(f"cannot write {records} records to {folder} ({e}): free some room, or give another folder") from e
     return folder
 
-# %% ../../nbs/62_experiments.sweep.ipynb #ab865188
+# %% ../../nbs/62_experiments.sweep.ipynb #04151809
 @cache
 def _digits(source): return SOURCES[source]()
 
-def _finished(path):
-    "The run in a file, unless it failed or there is none."
-    runs = [r for r in read_runs(path) if r.status != 'failed'] if path.exists() else []
+def _finished(path, failed=False):
+    "The run in a file, if there is one and it did not fail (or `failed` says that it may)."
+    runs = [r for r in read_runs(path) if failed or r.status != 'failed'] if path.exists() else []
     return runs[0] if runs else None
 
 _one_at_a_time = threading.Lock()
@@ -63,7 +64,7 @@ def _run_one(spec, folder, threads, wait):
     lock = path.with_name(f'.{path.name}.lock')
     try:
         with _one_at_a_time, FileLock(lock, timeout=-1 if wait else 0):
-            r = _finished(path)
+            r = _finished(path, failed=wait)
             if r is None:
                 if threads: torch.set_num_threads(threads)
                 r = run_or_record(spec, _digits(spec.source))
@@ -73,7 +74,7 @@ def _run_one(spec, folder, threads, wait):
         return r
     except Timeout: return None
 
-# %% ../../nbs/62_experiments.sweep.ipynb #4b5d2aa3
+# %% ../../nbs/62_experiments.sweep.ipynb #00f807e0
 @contextmanager
 def workers(
     backend:str='loky', # 'loky' (processes on this machine), 'dask' or 'ray'
@@ -83,19 +84,19 @@ def workers(
     "The joblib backend that runs go through."
     choose(backend, ('loky','dask','ray'), 'backend')
     try:
-        if backend == 'dask':
-            from distributed import Client
-            with Client(address) if address else Client(n_workers=jobs, threads_per_worker=1, dashboard_address=None), parallel_config('dask'): yield
-        elif backend == 'ray':
+        if backend == 'dask': from distributed import Client
+        if backend == 'ray':
             import ray
             from ray.util.joblib import register_ray
-            register_ray()
-            with ray.init(**dict(address=address) if address else dict(num_cpus=jobs, include_dashboard=False)), parallel_config('ray'): yield
-        else:
-            with parallel_config('loky'): yield
     except ImportError as e: raise DglitError(f"backend {backend!r} needs a package that is not installed ({e}): pip install 'dglit[{backend}]'") from e
+    cluster = nullcontext()
+    if backend == 'dask': cluster = Client(address) if address else Client(n_workers=jobs, threads_per_worker=1, dashboard_address=None)
+    if backend == 'ray':
+        register_ray()
+        cluster = ray.init(address=address) if address else ray.init(num_cpus=jobs, include_dashboard=False)
+    with cluster, parallel_config(backend): yield
 
-# %% ../../nbs/62_experiments.sweep.ipynb #928bbc0b
+# %% ../../nbs/62_experiments.sweep.ipynb #f787ab0d
 def sweep(
     specs:list, # What to run: see `specs_of`
     folder, # Where the records are, and go
@@ -108,17 +109,18 @@ def sweep(
     "Run the specs that have no record in `folder` yet."
     for s in specs: check(s)
     folder = writable(folder, len(specs))
-    for o in {s.source for s in specs}: _digits(o) # data that are missing are an error now
     runs,missing = {},[]
     for s in specs:
         try: runs[record_name(s)] = _finished(folder/record_name(s)) or missing.append(s)
         except DglitError as e: say(f'{e}. Its run is left out')
+    for o in {s.source for s in missing}: _digits(o) # data that are missing are an error now
     there = sum(r is not None for r in runs.values())
     threads = max(1, cpu_count()//jobs) if backend == 'loky' else None
     with workers(backend, address, jobs):
         for wait in (False, True):
             if wait and missing: say(f'waiting for {len(missing)} runs that another sweep has under way')
-            work = Parallel(jobs, return_as='generator_unordered')(delayed(_run_one)(s, str(folder), threads, wait) for s in missing)
+            as_they_end = get_active_backend()[0].supports_return_generator # Ray's backend hands all over at the end
+            work = Parallel(jobs, return_as='generator_unordered' if as_they_end else 'list')(delayed(_run_one)(s, str(folder), threads, wait) for s in missing)
             for r in work:
                 if r is None: continue
                 path = folder/record_name(r.spec)

@@ -68,7 +68,7 @@ RCL_TABLE2 = TABLES['rcl-table2'] = Table('rcl-table2', 'RCL on MNIST-MP', 'Dubo
     Row('rcl-inf', 'RCL, m = ∞', _rcl(), _mp(96.0, .3, 89.9, .9)),
     Row('erm-original', 'Standard, on the original MNIST', Spec(dataset='mnist_plain'), dict(valid=(97.8, .12), plain=(97.8, .12)))))
 
-# %% ../../nbs/61_experiments.tables.ipynb #5e228059
+# %% ../../nbs/61_experiments.tables.ipynb #93fa2a3d
 _inf,_09,_erm,_plain = (RCL_TABLE2.row(o).published for o in ('rcl-inf','rcl-0.9','erm','erm-original'))
 RCL_OPEN_POINTS = TABLES['rcl-open-points'] = Table('rcl-open-points', 'Readings of the RCL paper', 'Duboudin et al., Table 2, 10 runs', (
     Row('range-erm', 'Standard: images in [0, 1]', Spec(data=dict(low=0.)), _erm),
@@ -80,6 +80,7 @@ RCL_OPEN_POINTS = TABLES['rcl-open-points'] = Table('rcl-open-points', 'Readings
     Row('channel-0.9', 'm = 0.9: extremes per channel', _rcl(.9, per='channel'), _09),
     Row('channel-inf', 'm = ∞: extremes per channel', _rcl(per='channel'), _inf),
     Row('mean-inf', 'm = ∞: mean in place of sum', _rcl(weight=1/3200), _inf),
+    Row('dropout-unscaled', 'Dropout: what is left is not scaled up', Spec(method='dropout', settings=dict(rescale=False)), RCL_TABLE2.row('dropout').published),
     Row('fp32-inf', 'm = ∞: float32, three epochs', _rcl(precision='fp32', epochs=3), _inf)))
 
 # %% ../../nbs/61_experiments.tables.ipynb #818e4152
@@ -170,7 +171,7 @@ def plot_table(
     ax.invert_yaxis(); ax.grid(axis='x', alpha=.3); ax.legend(loc='upper right')
     return ax
 
-# %% ../../nbs/61_experiments.tables.ipynb #9c7b817a
+# %% ../../nbs/61_experiments.tables.ipynb #97721a34
 def read_runs(
     path, # A folder of .json files, one such file, or a .jsonl file
     unreadable:list|None=None # If a list: takes a message for each file that is no record, in place of the error
@@ -180,7 +181,7 @@ def read_runs(
     if not path.exists(): raise DglitError(f"{path} does not exist: give a folder of records or a .jsonl file")
     files,runs = sorted(path.glob('*.json')) if path.is_dir() else [path], []
     for f in files:
-        for i,line in enumerate(f.read_text(encoding='utf-8').splitlines(), 1):
+        for i,line in enumerate(f.read_text(encoding='utf-8').splitlines() or [''], 1):
             try: runs.append(Run.from_json(line))
             except (ValueError, TypeError, KeyError, AttributeError) as e:
                 message = f"{f}, line {i}, is no record of a run ({e}): move it away, or restore it"

@@ -103,7 +103,7 @@ class FeatureMethod(Method):
         if self.hook: self.hook.remove()
         self.hook = self.features = None
 
-# %% ../../nbs/40_methods.core.ipynb #01136413
+# %% ../../nbs/40_methods.core.ipynb #8b6af201
 class NetMethod(FeatureMethod):
     "A `FeatureMethod` with a network `self.net` of its own, trained with the model's."
     net,memory = None,{}
@@ -114,16 +114,17 @@ class NetMethod(FeatureMethod):
     def after_pred(self):
         super().after_pred()
         if self.net is None:
-            with torch.random.fork_rng(devices=[]): self.net = self.make_net().to(next(self.model.parameters()))
+            with torch.random.fork_rng(devices=[]): self.net = self.make_net()
         self.join()
 
     def after_fit(self):
         super().after_fit()
-        if self.net: self.leave()
+        if self.net is not None: self.leave()
 
     def join(self): # at every batch: another callback's get_preds() ends with after_fit, too
         mine,lists = list(self.net.parameters()),self.opt.param_lists
-        if any(p is mine[0] for p in lists[-1]): return
+        if not mine or any(p is mine[0] for p in lists[-1]): return
+        self.net.to(next(self.model.parameters()))
         self.opt.param_lists = L([*lists[:-1], [*lists[-1], *mine]])
         self._opt_state.update(self.memory)
 

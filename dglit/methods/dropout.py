@@ -14,29 +14,31 @@ from torch import Tensor, nn
 from ..core import DglitError
 from .core import FeatureEdit, step_generator
 
-# %% ../../nbs/42_methods.dropout.ipynb #3c39a416
+# %% ../../nbs/42_methods.dropout.ipynb #06e14a25
 def drop_channels(
     features:Tensor, # Features [N,C] or [N,C,H,W]
     rate:float, # Probability that a channel is dropped, in [0, 1)
-    rng:torch.Generator|None=None # On the CPU
+    rng:torch.Generator|None=None, # On the CPU
+    rescale:bool=True # Divide what is left by `1 - rate`
 ) -> Tensor: # In the same shape
-    "Zero whole channels at random and divide the rest by `1 - rate`."
+    "Zero whole channels at random."
     shape = *features.shape[:2], *[1]*(features.ndim-2)
-    keep = (torch.rand(shape, generator=rng) >= rate)/(1-rate)
+    keep = (torch.rand(shape, generator=rng) >= rate)/(1-rate if rescale else 1)
     return features*keep.to(features)
 
-# %% ../../nbs/42_methods.dropout.ipynb #1466b176
+# %% ../../nbs/42_methods.dropout.ipynb #bd139aa2
 class ChannelDropout(FeatureEdit):
     "Dropout of whole channels, at a rate drawn from U(0,1) at each iteration (Duboudin et al., §5.1)."
     def __init__(self,
         rate:float|None=None, # Share of channels to drop, in [0, 1); None: drawn from U(0,1) at each iteration
+        rescale:bool=True, # Divide what is left by one minus the rate
         module:nn.Module|None=None # Module whose output are the features; None: the model's body
     ):
         super().__init__(module)
         if rate is not None and not 0 <= rate < 1: raise DglitError(f"rate {rate!r} is not in [0, 1): it is the share of the channels that vanish")
-        self.rate = rate
+        self.rate,self.rescale = rate,rescale
 
     def edit(self, features):
         rng = step_generator(self)
         rate = torch.rand((), generator=rng).item() if self.rate is None else self.rate
-        return drop_channels(features, rate, rng)
+        return drop_channels(features, rate, rng, self.rescale)
