@@ -136,7 +136,7 @@ def summarise(
                 low=x.mean()-half, high=x.mean()+half, published=mean, published_std=std, difference=x.mean()-mean))
     return pd.DataFrame(lines)
 
-# %% ../../nbs/61_experiments.tables.ipynb #99e70666
+# %% ../../nbs/61_experiments.tables.ipynb #c7fd4792
 def as_text(
     summary:pd.DataFrame # From `summarise`
 ) -> pd.DataFrame: # A line for each row, columns as a reader wants them
@@ -146,7 +146,7 @@ def as_text(
         v,t = (g[g.domain == o].iloc[0] for o in ('valid','test'))
         return pd.Series({'': t.label, 'n': t.n, 'validation': pm(v['mean'], v['std']), 'published validation': pm(v.published, v.published_std),
             'test': pm(t['mean'], t['std']), 'published test': pm(t.published, t.published_std),
-            'test − published': '–' if pd.isna(t.difference) else f'{t.difference:+.1f}', '95% interval of test': '–' if pd.isna(t.low) else f'{t.low:.1f} to {t.high:.1f}',
+            'test − published': '–' if pd.isna(t.difference) else f'{t.difference:+.1f}', '95% interval of test': '–' if pd.isna(t.low) else f'{max(t.low, 0):.1f} to {min(t.high, 100):.1f}',
             'published inside': '–' if pd.isna(t.low) else 'yes' if t.low <= t.published <= t.high else 'no'})
     return pd.DataFrame([line(g) for _,g in summary.groupby('row', sort=False)]).set_index('')
 
