@@ -38,9 +38,12 @@ def test_bit_identical(few, precision):
 def test_bfloat16_trains_as_float32_does(few):
     "The 16-bit weights follow the 32-bit ones: the same curve, but for rounding."
     specs = [replace(SHORT, method='erm', settings={}, precision=p, epochs=4, bs=16, lr=1e-2) for p in ('fp32', 'bf16')]
-    full, half = (run(s, few).curve for s in specs)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)                                     # rounding, and with it the gap, depends on how many
+    try: full, half = (run(s, few).curve for s in specs)
+    finally: torch.set_num_threads(threads)
     assert full[-1]['train_loss'] < full[0]['train_loss'] - .3
-    for a, b in zip(full, half): assert abs(a['train_loss'] - b['train_loss']) < .2
+    for a, b in zip(full, half): assert abs(a['train_loss'] - b['train_loss']) < .1
 
 
 def test_weight_zero_is_erm(few):
