@@ -2,20 +2,23 @@
 from fastai.callback.progress import ProgressCallback  # so that learn.no_bar() is there
 
 from dglit.core import DataError, DglitError, set_seed
+from dglit.data.colored_mnist import *
 from dglit.data.loaders import *
 from dglit.data.mnist import *
 from dglit.data.mnist_mp import *
 from dglit.experiments.latent import *
 from dglit.experiments.run import Run, Spec, run
 from dglit.experiments.sweep import sweep
-from dglit.experiments.tables import RCL_TABLE2, TABLES, as_markdown, plot_table, read_runs, report, summarise
+from dglit.experiments.tables import IRM_COLORED_MNIST, RCL_TABLE2, TABLES, as_markdown, plot_table, read_runs, report, summarise
 from dglit.learner import *
 from dglit.losses.decov import *
+from dglit.losses.irm import *
 from dglit.losses.orthogonality import *
 from dglit.losses.rcl import *
 from dglit.methods.core import *
 from dglit.methods.decov import *
 from dglit.methods.dropout import *
+from dglit.methods.irm import *
 from dglit.methods.jigsaw import *
 from dglit.methods.orthogonality import *
 from dglit.methods.rcl import *
@@ -23,3 +26,4 @@ from dglit.methods.reconstruction import *
 from dglit.methods.rsc import *
 from dglit.methods.spectral_decoupling import *
 from dglit.models.convnet import *
+from dglit.models.mlp import *

@@ -28,11 +28,12 @@ def demo(
     print(f'\nAccuracy in percent, mean ± standard deviation over {seeds} seeds:\n\n{demo(out, seeds).to_string()}\n')
     print(f'Settings are the demo\'s, not the paper\'s. Figure: {out}/demo.png   Records: {out}/demo.jsonl')
 
-# %% ../nbs/90_cli.ipynb #f25de41e
+# %% ../nbs/90_cli.ipynb #5e3be47b
 def _settings(pairs):
-    "['margin=0.9', 'per=batch'] as a dict, numbers as numbers."
+    "['margin=0.9', 'per=batch', 'hidden=390,390'] as a dict, numbers as numbers, what has commas as a list."
     from dglit.core import DglitError
     def value(v):
+        if ',' in v: return [value(o) for o in v.split(',')]
         if v in ('True','False'): return v == 'True'
         try: return int(v) if v.lstrip('-').isdigit() else float(v)
         except ValueError: return v
@@ -40,19 +41,24 @@ def _settings(pairs):
         if '=' not in o: raise DglitError(f"setting {o!r}: needed NAME=VALUE, such as margin=0.9")
     return {k: value(v) for k,_,v in (o.partition('=') for o in pairs)}
 
-# %% ../nbs/90_cli.ipynb #3ed88410
+# %% ../nbs/90_cli.ipynb #69084c0a
 @app.command()
 def train(
     dataset: Annotated[str, typer.Option(help='See `dglit list`.')] = 'mnist_mp',
     method: Annotated[str, typer.Option(help='See `dglit list`.')] = 'erm',
     set_: Annotated[list[str], typer.Option('--set', help='A setting of the method, NAME=VALUE; may be repeated.')] = [],
     data: Annotated[list[str], typer.Option(help='A setting of the dataset, NAME=VALUE; may be repeated.')] = [],
+    model: Annotated[str, typer.Option(help='convnet or mlp.')] = 'convnet',
+    net: Annotated[list[str], typer.Option(help='A setting of the model, NAME=VALUE; may be repeated.')] = [],
+    loss: Annotated[str, typer.Option(help='cross_entropy, or binary_cross_entropy for a binary label.')] = 'cross_entropy',
     source: Annotated[str, typer.Option(help='mnist, or the bundled digits.')] = 'mnist',
     seed: Annotated[int, typer.Option(help='Of the initial weights and the order of the batches.')] = 0,
     epochs: Annotated[int, typer.Option(help='Passes over the training data.')] = 10,
-    bs: Annotated[int, typer.Option(help='Batch size.')] = 128,
+    bs: Annotated[int, typer.Option(help='Batch size; 0: all training data in one batch.', min=0)] = 128,
     opt: Annotated[str, typer.Option(help='sgd (Nesterov momentum 0.9) or adam.')] = 'sgd',
     lr: Annotated[float, typer.Option(help='Learning rate.')] = 1e-3,
+    wd: Annotated[float, typer.Option(help='Weight decay, in the gradient.')] = 1e-5,
+    every: Annotated[int, typer.Option(help='Epochs from one measurement to the next.', min=1)] = 1,
     precision: Annotated[str, typer.Option(help='bf16 (autocast) or fp32.')] = 'bf16',
     selection: Annotated[str, typer.Option(help='Which epoch to keep: best-valid, early-stop@95, last.')] = 'best-valid',
     out: Annotated[str, typer.Option(help='Folder for the record and the weights; none: keep neither.')] = ''):
@@ -61,20 +67,20 @@ def train(
     from dglit.core import write_whole
     from dglit.experiments.run import Spec, check, fit, learner_of
     from dglit.experiments.sweep import record_name, writable
-    spec = Spec(dataset, method, settings=_settings(set_), data=_settings(data), source=source, seed=seed, epochs=epochs, bs=bs, opt=opt, lr=lr,
-                precision=precision, selection=selection)
+    spec = Spec(dataset, method, model, _settings(set_), _settings(data), _settings(net), loss, source, seed, epochs, bs or None, opt, lr,
+                wd=wd, precision=precision, selection=selection, every=every)
     check(spec)
     folder = writable(out) if out else None
     learn = learner_of(spec)
     show = lambda o: '  '.join(f'{k} {v:.2f}' if isinstance(v, float) else f'{k} {v}' for k,v in o.items())
     r = fit(learn, spec, each_epoch=lambda o: print(show(o), flush=True))
-    print(f'\n{selection} selects epoch {r.selected}: {show(r.metrics)}' if r.metrics else '\ndiverged: the loss is no longer a number')
+    print(f'\n{selection} selects epoch {r.curve[r.selected]["epoch"]}: {show(r.metrics)}' if r.metrics else '\ndiverged: the loss is no longer a number')
     if folder:
         record = write_whole(folder/record_name(spec), r.to_json() + '\n')
         torch.save(learn.model.state_dict(), record.with_suffix('.pt'))
         print(f'Record: {record}   Weights: {record.with_suffix(".pt")}')
 
-# %% ../nbs/90_cli.ipynb #3e0de3df
+# %% ../nbs/90_cli.ipynb #e40f9d32
 @app.command()
 def reproduce(
     table: Annotated[str, typer.Argument(help='See `dglit list`.')],
@@ -100,9 +106,9 @@ def _report(table, runs, out):
     from dglit.experiments.tables import as_text, report, variants
     for changes in variants(table, runs):
         s = report(table, runs, out, **changes)
-        print(f'\n{table.title}, accuracy in percent; published: {table.source}. Digits: {changes["source"]}, {changes["epochs"]} epochs\n')
+        print(f'\n{table.title}, accuracy in percent; published: {table.source}. Digits: {changes["source"]}' + (f', {changes["epochs"]} epochs' if 'epochs' in changes else '') + '\n')
         print(as_text(s[s.n > 0]).to_string())
-        print(f'\nAlso in {out}: {table.name}-{changes["source"]}-{changes["epochs"]}.md, .csv, .png')
+        print(f'\nAlso in {out}: {"-".join([table.name, *map(str, changes.values())])}.md, .csv, .png')
 
 # %% ../nbs/90_cli.ipynb #d63a8fe5
 @app.command()
@@ -124,7 +130,7 @@ def report(
         if r.status != 'done': print(f'{r.spec.row}, seed {r.spec.seed}: {r.status} {r.error.splitlines()[-1:] or ""}')
     for o in unreadable: print(o)
 
-# %% ../nbs/90_cli.ipynb #173d0885
+# %% ../nbs/90_cli.ipynb #a2c987d3
 @app.command('list')
 def list_(table: Annotated[str, typer.Argument(help='A table, whose rows are listed; none: everything there is.')] = ''):
     "The tables, datasets and methods there are, a line each; or the rows of a table."
@@ -134,8 +140,8 @@ def list_(table: Annotated[str, typer.Argument(help='A table, whose rows are lis
     first = lambda o: (o.__doc__ or '').strip().split('\n')[0]
     lines = lambda d: '\n'.join(f'  {k:{max(map(len, d))}}  {v}' for k,v in d.items())
     if table:
-        pm = lambda o: f'{o[0]} ± {o[1]}'
-        return print(lines({r.name: f'{r.label}: published {", ".join(f"{k} {pm(v)}" for k,v in r.published.items())}' for r in choose(table, TABLES, 'table').rows}))
+        published = lambda r: ', '.join(f'{k} {m} ± {s}' for k,(m,s) in r.published.items() if m == m) or 'nothing'
+        return print(lines({r.name: f'{r.label}: published {published(r)}' for r in choose(table, TABLES, 'table').rows}))
     print('tables\n' + lines({k: f'{t.title} ({t.source}): {len(t.rows)} rows' for k,t in TABLES.items()}))
     print('datasets\n' + lines({k: first(f) for k,f in DATASETS.items()}))
     print('methods\n' + lines({k: first(f) if f else 'Plain training: empirical risk minimization.' for k,f in METHODS.items()}))

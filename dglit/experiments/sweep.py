@@ -137,7 +137,7 @@ def label(spec:Spec) -> str:
     "A run in words."
     return f'{spec.row or spec.method}, seed {spec.seed}'
 
-# %% ../../nbs/62_experiments.sweep.ipynb #2eff5e3a
+# %% ../../nbs/62_experiments.sweep.ipynb #5c9626dc
 def seconds_left(
     specs:list, # Still to run
     runs:list, # Done
@@ -145,7 +145,7 @@ def seconds_left(
 ) -> float|None: # None if nothing tells
     "An estimate of the time that runs will take, from those that are done."
     def per_epoch(method):
-        some = [r.seconds/len(r.curve) for r in runs if r.curve and method in (None, r.spec.method)]
+        some = [r.seconds/(r.curve[-1]['epoch'] + 1) for r in runs if r.curve and method in (None, r.spec.method)]
         return sum(some)/len(some) if some else None
     each = [(per_epoch(s.method) or per_epoch(None) or 0)*s.epochs for s in specs]
     return sum(each)/min(jobs, max(len(specs), 1)) if not specs or per_epoch(None) else None
