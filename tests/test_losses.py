@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from dglit.core import DglitError
 from dglit.losses.decov import decov
+from dglit.losses.irm import SLOPES, domain_means, irm_penalty, scale_slopes
 from dglit.losses.orthogonality import double_soft_orthogonality
 from dglit.losses.rcl import l1_distances, rescale, reverse_contrastive_loss
 
@@ -152,3 +153,74 @@ def test_penalties_transform(loss):
 def test_penalties_on_cuda(loss):
     x = torch.randn(64, 8, 5, 5)
     assert torch.allclose(loss(x.cuda()).cpu(), loss(x), rtol=1e-4)
+
+
+PLAIN = dict(cross_entropy=torch.nn.functional.cross_entropy, binary_cross_entropy=torch.nn.functional.binary_cross_entropy_with_logits, squared_error=torch.nn.functional.mse_loss)
+
+
+def an_irm_batch(loss, n, domains, seed, dtype=torch.float64):
+    "Inputs of a small network, targets and domains."
+    g = torch.Generator().manual_seed(seed)
+    x, d = torch.randn(n, 4, generator=g, dtype=dtype), torch.randint(domains, (n,), generator=g)
+    y = torch.randint(3, (n,), generator=g) if loss == 'cross_entropy' else (torch.rand(n, 1, generator=g) > .5).to(dtype)
+    weights = torch.randn(4, 3 if loss == 'cross_entropy' else 1, generator=g, dtype=dtype, requires_grad=True)
+    return x, weights, y, d
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(list(SLOPES)), st.integers(1, 24), st.integers(1, 4), st.integers(0, 2**31))
+def test_irm_penalty_is_the_double_backward(loss, n, domains, seed):
+    "Value and gradients of the parameters, in float64."
+    x, w, y, d = an_irm_batch(loss, n, domains, seed)
+    penalties = []
+    for e in d.unique():
+        scale = torch.tensor(1., dtype=torch.float64, requires_grad=True)
+        slope, = torch.autograd.grad(PLAIN[loss](scale*((x @ w).tanh()*3)[d == e], y[d == e]), scale, create_graph=True)
+        penalties.append(slope**2)
+    slow, each = torch.stack(penalties).mean(), lambda z, y: PLAIN[loss](z, y, reduction='none').flatten(1).sum(1) if y.ndim > 1 else PLAIN[loss](z, y, reduction='none')
+    for fast in (irm_penalty((x @ w).tanh()*3, y, d, loss), irm_penalty((x @ w).tanh()*3, y, d, each)):
+        assert abs(fast - slow) < 1e-10
+        assert torch.allclose(*(torch.autograd.grad(o, w, retain_graph=True)[0] for o in (fast, slow)), rtol=0, atol=1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(list(SLOPES)), st.integers(2, 12), st.integers(0, 2**31))
+def test_the_unbiased_penalty_is_the_mean_over_pairs(loss, n, seed):
+    x, w, y, _ = an_irm_batch(loss, n, 1, seed)
+    t = scale_slopes(x @ w, y, loss)
+    pairs = sum(t[i]*t[j] for i in range(n) for j in range(n) if i != j)/(n*(n-1))
+    assert torch.allclose(irm_penalty(x @ w, y, loss=loss, unbiased=True), pairs, atol=1e-10)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('loss', SLOPES)
+@pytest.mark.parametrize('unbiased', [False, True])
+@pytest.mark.parametrize('d', [torch.zeros(8), torch.arange(8), torch.arange(8) // 4 * 5], ids=['one domain', 'each its own', 'a gap'])
+def test_irm_types_and_degenerate_batches(dtype, loss, unbiased, d):
+    x, w, y, _ = an_irm_batch(loss, 8, 1, 0)
+    z = (x @ w).detach().to(dtype).requires_grad_()
+    penalty = irm_penalty(z, y, d.long(), loss, unbiased)
+    assert penalty.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and penalty.isfinite()
+    penalty.backward()
+    assert z.grad.dtype == dtype and z.grad.isfinite().all()
+    assert irm_penalty(z.detach()*1e4 if dtype != torch.float16 else z.detach(), y, d.long(), loss).isfinite()
+
+
+def test_irm_under_autocast_vmap_and_grad():
+    layer = torch.nn.Linear(4, 3)
+    x, y, d = torch.randn(12, 4), torch.randint(3, (12,)), torch.arange(12) % 2
+    with torch.autocast('cpu', torch.bfloat16): penalty = irm_penalty(layer(x), y, d)
+    assert penalty.dtype == torch.float32
+    penalty.backward()
+    assert layer.weight.grad.isfinite().all()
+    z = torch.randn(5, 12, 3)
+    f = lambda z: irm_penalty(z, y, d, n_domains=2)
+    assert torch.allclose(torch.func.vmap(f)(z), torch.stack([f(o) for o in z]))
+    assert torch.func.vmap(torch.func.grad(f))(z).isfinite().all()
+
+
+def test_domain_means():
+    v, d = torch.randn(50, dtype=torch.float64), torch.randint(4, (50,))
+    means, counts = domain_means(v, d, 6)
+    assert torch.equal(counts, d.bincount(minlength=6).double()) and (means[4:] == 0).all()
+    assert torch.allclose(means[:4], torch.stack([v[d == e].mean() for e in range(4)]))

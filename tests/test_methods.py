@@ -10,7 +10,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, LabelSmoothingCrossEntropy, MSELossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam, OptimWrapper, ranger
 from fastai.vision.learner import vision_learner
@@ -18,17 +18,23 @@ from torch import nn
 from torchvision.models import resnet18
 
 from dglit.core import DglitError, set_seed
+from dglit.data.colored_mnist import colored_mnist
+from dglit.data.loaders import DomainLoaders
 from dglit.data.mnist import Digits
 from dglit.data.mnist_mp import mnist_mp
 from dglit.experiments.run import METHODS, Spec, methods_of, run
-from dglit.learner import BFloat16
-from dglit.methods.core import step_generator
+from dglit.learner import BFloat16, domain_learner
+from dglit.losses.irm import irm_penalty
+from dglit.methods.core import DomainMethod, TakeDomain, step_generator
+from dglit.methods.irm import IRM, GroupDRO, VREx
 from dglit.methods.jigsaw import PERMUTATIONS, Jigsaw
 from dglit.methods.reconstruction import Reconstruction
 from dglit.methods.rsc import RSC, rsc_mask
+from dglit.models.mlp import MLP
 
 NAMES = [k for k, v in METHODS.items() if v]
 OPTIMIZERS = dict(fastai=Adam, ranger=ranger, torch=partial(OptimWrapper, opt=torch.optim.AdamW))
+DOMAIN = [k for k in NAMES if issubclass(METHODS[k], DomainMethod)]
 WEIGHTED = [o for o in NAMES if o not in ('dropout', 'rsc')]
 
 
@@ -46,8 +52,13 @@ def tiny():
 
 
 def learner(few, cbs=(), model=None, bs=32, **kwargs):
+    "A Learner on MNIST-MP; where a method compares domains, every other digit is of a second one."
     set_seed(0)
-    return Learner(mnist_mp(few, bs=bs, size=28), model or tiny(), CrossEntropyLossFlat(), lr=1e-3, metrics=accuracy, cbs=cbs, **kwargs)
+    dls = mnist_mp(few, bs=bs, size=28)
+    if any(isinstance(o, DomainMethod) for o in (cbs if isinstance(cbs, list) else [cbs])):
+        parts = lambda dl: (*dl.dataset.tensors, torch.arange(len(dl.dataset)) % 2)
+        dls = DomainLoaders.from_tensors(parts(dls.train), parts(dls.valid), {}, bs=bs, vocab=dls.vocab, balanced=bs > 1)
+    return Learner(dls, model or tiny(), CrossEntropyLossFlat(), lr=1e-3, metrics=accuracy, cbs=cbs, **kwargs)
 
 
 def fit(learn, epochs=1):
@@ -57,6 +68,7 @@ def fit(learn, epochs=1):
 
 def same(a, b): return all(torch.equal(*o) for o in zip(a.model.state_dict().values(), b.model.state_dict().values()))
 def finite(learn): return all(p.isfinite().all() for p in learn.model.parameters())
+def clean(learn): return hooks(learn.model) == 0 and not any(isinstance(o, TakeDomain) for o in learn.cbs)
 def hooks(model): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
@@ -80,22 +92,23 @@ def test_leaves_the_learner_as_it_found_it(few, name, opt):
     learn = learner(few, METHODS[name](), opt_func=OPTIMIZERS[opt])
     before = list(learn.model.state_dict())
     fit(learn); fit(learn)
-    assert list(learn.model.state_dict()) == before and hooks(learn.model) == 0 and finite(learn)
+    assert list(learn.model.state_dict()) == before and clean(learn) and finite(learn)
     assert {id(p) for o in learn.opt.param_lists for p in o} == {id(p) for p in learn.model.parameters()}
     assert learn.metrics.attrgot('name') == ['accuracy']
     learn.opt.load_state_dict(learn.opt.state_dict())
     learn.remove_cb(METHODS[name])
+    if name in DOMAIN: learn.add_cb(TakeDomain())
     assert finite(fit(learn))
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_leaves_nothing_after_a_cancel_or_an_error(few, name):
     learn = fit(learner(few, [METHODS[name](), Cancels()]))
-    assert hooks(learn.model) == 0 and {id(p) for o in learn.opt.param_lists for p in o} == {id(p) for p in learn.model.parameters()}
+    assert clean(learn) and {id(p) for o in learn.opt.param_lists for p in o} == {id(p) for p in learn.model.parameters()}
     learn = learner(few, METHODS[name]())
     with pytest.raises(RuntimeError), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Fails())
     fit(learn)
-    assert hooks(learn.model) == 0 and finite(learn)
+    assert clean(learn) and finite(learn)
 
 
 @pytest.mark.parametrize('name', WEIGHTED)
@@ -105,22 +118,23 @@ def test_a_weight_may_be_a_schedule(few, name):
 
 
 @pytest.mark.parametrize('name', [o for o in WEIGHTED if o != 'jigsaw']) # whose second pass batch norm counts, at any weight
-def test_weight_zero_is_plain_training(few, name): assert same(fit(learner(few, METHODS[name](0.))), fit(learner(few)))
+def test_weight_zero_is_plain_training(few, name):
+    assert same(fit(learner(few, METHODS[name](0.))), fit(learner(few, [VREx(0.), TakeDomain()] if name in DOMAIN else ())))
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_the_same_seed_gives_the_same_network(few, name):
     a, b = (fit(learner(few, METHODS[name]())) for _ in range(2))
-    assert same(a, b) and not same(a, fit(learner(few)))
+    assert same(a, b) and not same(a, fit(learner(few, METHODS[name](0.) if name in DOMAIN else ())))
 
 
 def test_all_together_in_any_order(few):
     "Every method at once: the order in which they are listed changes rounding alone."
-    weights = dict(rcl=.01, decov=.01, orthogonality=.1, jigsaw=.1, reconstruction=.1, spectral_decoupling=.01)
+    weights = dict(rcl=.01, decov=.01, orthogonality=.1, jigsaw=.1, reconstruction=.1, spectral_decoupling=.01, irm=.1, vrex=.1, group_dro=.1)
     make = lambda: [METHODS[k](v) for k, v in weights.items()] + [METHODS['dropout'](.3)]
     a, b = fit(learner(few, make())), fit(learner(few, make()[::-1]))
     for p, q in zip(a.model.parameters(), b.model.parameters()): assert torch.allclose(p, q, atol=1e-4)
-    assert set(a.recorder.metric_names) == set(b.recorder.metric_names) >= {'rcl', 'de_cov', 'jigsaw'}
+    assert set(a.recorder.metric_names) == set(b.recorder.metric_names) >= {'rcl', 'de_cov', 'jigsaw', 'irm', 'group_dro'}
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -130,7 +144,11 @@ def test_degenerate_batches(digits, name):
     one_class = digits.y_train == 3
     for n, bs in ((2, 1), (8, 4)):
         x, y = digits.x_train[one_class][:n], digits.y_train[one_class][:n]
-        learn = fit(learner(Digits(x, y, x, y), METHODS[name](), plain(), bs=bs))
+        learn = learner(Digits(x, y, x, y), METHODS[name](), plain(), bs=bs)
+        if name in DOMAIN and bs == 1:
+            with pytest.raises(DglitError, match='this batch of 1 is all of domain'): fit(learn)
+            continue
+        fit(learn)
         assert finite(learn) and learn.opt.state_dict()['state'], 'a step was taken'
 
 
@@ -183,16 +201,16 @@ def test_a_one_cycle_schedule_and_discriminative_rates(few, name):
 
 
 class Items:
-    "Images and labels, for fastai's own loaders."
-    def __init__(self, n): self.x, self.y = torch.randn(n, 3, 32, 32).clamp(-1, 1), torch.arange(n) % 3
+    "Images, labels and domains, for fastai's own loaders."
+    def __init__(self, n, domains): self.x, self.y, self.domains = torch.randn(n, 3, 32, 32).clamp(-1, 1), torch.arange(n) % 3, domains
     def __len__(self): return len(self.y)
-    def __getitem__(self, i): return self.x[i], self.y[i]
-    def new_empty(self): return Items(0)
+    def __getitem__(self, i): return (self.x[i], self.y[i], i % 2) if self.domains else (self.x[i], self.y[i])
+    def new_empty(self): return Items(0, self.domains)
 
 
-def images():
-    dls = DataLoaders(*(DataLoader(Items(n), bs=4, device='cpu') for n in (8, 4)))
-    dls.c = 3
+def images(domains=False):
+    dls = DataLoaders(*(DataLoader(Items(n, domains), bs=4, device='cpu') for n in (8, 4)))
+    dls.c, dls.n_inp = 3, 1
     return dls
 
 
@@ -200,7 +218,7 @@ def images():
 def test_on_a_resnet(name, tmp_path):
     "fastai's vision_learner with a pretrained-style head, dropout and batch norm in it; export and prediction."
     set_seed(0)
-    learn = vision_learner(images(), resnet18, pretrained=False, normalize=False, loss_func=CrossEntropyLossFlat(), cbs=[METHODS[name](), BFloat16()], path=tmp_path)
+    learn = vision_learner(images(name in DOMAIN), resnet18, pretrained=False, normalize=False, loss_func=CrossEntropyLossFlat(), cbs=[METHODS[name](), BFloat16()], path=tmp_path)
     before = list(learn.model.state_dict())
     fit(learn)
     assert finite(learn) and list(learn.model.state_dict()) == before and hooks(learn.model) == 0
@@ -230,6 +248,108 @@ def test_what_cannot_be_done_is_said(few):
     class Brighter(Callback):
         def before_batch(self): self.learn.xb = (self.x*3,)
     with pytest.raises(DglitError, match='Decoder draws in'): fit(learner(few, [Reconstruction(), Brighter()]))
+
+
+def test_irm_takes_any_loss(few):
+    "The penalty on the Learner's own loss is that of the closed form, weighted and smoothed losses included."
+    for loss in (CrossEntropyLossFlat(), CrossEntropyLossFlat(label_smoothing=.1), nn.CrossEntropyLoss(weight=torch.ones(10)), LabelSmoothingCrossEntropy(), nn.functional.cross_entropy):
+        learn = learner(few, IRM(1., 0))
+        learn.loss_func = loss
+        z, y, d = torch.randn(32, 10), torch.arange(32) % 10, torch.arange(32) % 2
+        penalty = irm_penalty(z, y, d, learn.irm.losses)
+        w = torch.ones(2, requires_grad=True)
+        each = torch.stack([loss(w[e]*z[d == e], y[d == e]) for e in (0, 1)])
+        slopes, = torch.autograd.grad(each.sum(), w)
+        assert torch.allclose(penalty, slopes.pow(2).mean(), rtol=1e-4)
+        assert finite(fit(learn))
+    learn = learner(few, IRM(1., 0), nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(2352, 1)), nn.Flatten(0)))
+    learn.loss_func, learn.metrics = MSELossFlat(), []
+    assert finite(fit(learn))
+
+
+def test_irm_is_the_recipe_by_double_backward(digits):
+    "From the same weights and data, in float32, fifty steps: the parameters of the authors' recipe, to 1e-5."
+    settings = dict(weight=91257.18613115903, anneal_steps=20, l2=0.00110794568)
+    dls = colored_mnist(digits, n=998)
+    (x, y, d), models = next(iter(dls.train)), []
+    for _ in range(2):
+        set_seed(0)
+        models.append(MLP(hidden=[390, 390]))
+    learn = domain_learner(dls, models[0], IRM(**settings), 'last', BCEWithLogitsLossFlat(), every=50, opt_func=partial(OptimWrapper, opt=torch.optim.Adam), lr=4.898536566546834e-4, wd=0.)
+    fit(learn, 50)
+    opt = torch.optim.Adam(models[1].parameters(), 4.898536566546834e-4)
+    for step in range(50):
+        risks, penalties = [], []
+        for e in (0, 1):
+            scale = torch.tensor(1.).requires_grad_()
+            risks.append(nn.functional.binary_cross_entropy_with_logits(models[1](x[d == e])*scale, y[d == e][:, None].float()))
+            penalties.append(torch.autograd.grad(risks[-1], [scale], create_graph=True)[0]**2)
+        w = settings['weight'] if step >= 20 else 1.
+        loss = torch.stack(risks).mean() + settings['l2']*sum(p.norm().pow(2) for p in models[1].parameters()) + w*torch.stack(penalties).mean()
+        opt.zero_grad()
+        (loss/max(w, 1.)).backward()
+        opt.step()
+    assert max((p - q).abs().max().item() for p, q in zip(*(m.parameters() for m in models))) < 1e-5
+
+
+def test_l2_as_weight_decay(digits):
+    "Plain training with the recipe's l2 term is Adam with twice the weight decay."
+    def trained(cbs, wd):
+        set_seed(0)
+        return fit(domain_learner(colored_mnist(digits), MLP(hidden=[16, 16]), cbs, 'last', BCEWithLogitsLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.Adam), lr=1e-3, wd=wd), 5)
+    a, b = trained(IRM(0., l2=.01), 0.), trained((), .02)
+    for p, q in zip(a.model.parameters(), b.model.parameters()): assert torch.allclose(p, q, atol=1e-6)
+
+
+def test_annealing_counts_steps_whatever_else_runs(digits):
+    "Validation and predictions between the steps do not start the count again."
+    class Look(Callback):
+        order, busy = 70, False
+        def after_epoch(self):
+            if self.busy: return # they are epochs, too
+            self.busy = True
+            with self.learn.no_bar(), self.learn.no_logging(): self.learn.validate(); self.learn.get_preds()
+            self.busy = False
+
+    class Weights(Callback):
+        order, run_valid = 6, False
+        def __init__(self): self.seen = []
+        def after_loss(self): self.seen.append(self.learn.irm.weight_now())
+    weights = Weights()
+    set_seed(0)
+    learn = Learner(colored_mnist(digits, bs=500), MLP(hidden=[8]), BCEWithLogitsLossFlat(), lr=1e-3, cbs=[IRM(7., 5), weights, Look()])
+    fit(learn, 5)
+    assert weights.seen == [1.]*5 + [7.]*5
+
+
+def test_group_dro_is_algorithm_1(few):
+    "The weights of the domains over four steps, written out; a domain that is missing keeps its own."
+    class Risks(Callback):
+        order, run_valid = 4, False
+        def __init__(self): self.seen = []
+        def after_loss(self): self.seen.append(self.learn.group_dro.domain_risks()[0].detach())
+    risks = Risks()
+    learn = fit(learner(few, [GroupDRO(step_size=.5), risks]))
+    q = torch.ones(2)
+    for r in risks.seen:
+        q = q*(.5*r).exp()
+        q = q/q.sum()
+    assert torch.allclose(q, learn.group_dro.q, atol=1e-6)
+    dro = learn.group_dro
+    first, second = dro.q.tolist()
+    learn.domain, learn.pred, learn.yb, learn.loss = torch.tensor([0, 2]), torch.randn(2, 10), (torch.tensor([1, 1]),), torch.tensor(0.)
+    dro.term()
+    grown = torch.tensor([first, second, 1.])*(.5*torch.stack([learn.loss_func(learn.pred[:1], learn.y[:1]), torch.tensor(0.), learn.loss_func(learn.pred[1:], learn.y[1:])])).exp()
+    assert torch.allclose(dro.q, grown/grown.sum(), atol=1e-6)
+
+
+def test_balanced_minibatches(digits):
+    "Batches of as many of each environment, in mixed precision, unbiased, with weights on the environments."
+    for method in (IRM(10., 3, unbiased=True), VREx(10., 3), GroupDRO()):
+        set_seed(0)
+        learn = domain_learner(colored_mnist(digits, envs=(.3, .2, .1), bs=60, rgb=True), MLP(3, 1, 28, hidden=[16]), method, loss_func=BCEWithLogitsLossFlat(), cbs=BFloat16(), lr=1e-3)
+        fit(learn)
+        assert finite(learn) and learn.track_domains.curve[-1]['train'] > 50
 
 
 def test_methods_name_their_settings():

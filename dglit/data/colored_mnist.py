@@ -35,7 +35,7 @@ def color_environment(
     out[torch.arange(len(x)), color] = x
     return out, y.long()
 
-# %% ../../nbs/13_data.colored_mnist.ipynb #c4bdb8b4
+# %% ../../nbs/13_data.colored_mnist.ipynb #762c9753
 def colored_mnist(
     digits:Digits, # From `load_mnist` or `load_digits`
     envs=(0.2, 0.1), # p_e of each training environment
@@ -43,6 +43,7 @@ def colored_mnist(
     label_noise:float=0.25, # Probability that a label is flipped
     rgb:bool=False, # Images of 28x28 with three channels, in place of 14x14 with two
     n:int|None=None, # Training digits; None: all
+    copies:int=1, # How often each training digit is used, each time with coin flips of its own
     bs:int|None=None, # Batch size; None: all training data in one batch
     seed:int=0, # Seed of the coin flips, the split and the order
     device=None # Where the tensors live; None: fastai's default device
@@ -51,13 +52,14 @@ def colored_mnist(
     for p in (*envs, test_env, label_noise):
         if not 0 <= p <= 1: raise DglitError(f"probability {p!r}: needed between 0 and 1")
     held = len(digits.x_train)//6
+    if copies < 1: raise DglitError(f"copies {copies}: needed 1 or more")
     if n is not None and not len(envs) <= n <= len(digits.x_train) - held:
         raise DglitError(f"n {n} training digits: needed {len(envs)} to {len(digits.x_train) - held}")
     order = generator(seed, 'colored_mnist')
     def deal(x, y, envs, first=0):
         made = [color_environment(x[i::len(envs)], y[i::len(envs)], p, label_noise, order, rgb) for i,p in enumerate(envs)]
         return (*map(torch.cat, zip(*made)), torch.cat([torch.full((len(o[1]),), first+i) for i,o in enumerate(made)]))
-    shuffled = torch.randperm(len(digits.x_train) - held, generator=order).numpy()[:n]
+    shuffled = torch.randperm(len(digits.x_train) - held, generator=order)[:n].repeat(copies).numpy()
     return DomainLoaders.from_tensors(deal(digits.x_train[shuffled], digits.y_train[shuffled], envs), deal(digits.x_test, digits.y_test, envs),
         dict(test=deal(digits.x_train[-held:], digits.y_train[-held:], [test_env], len(envs))),
         bs=bs, seed=seed, device=device, low=0., balanced=bs is not None, vocab=['5 to 9','0 to 4'])

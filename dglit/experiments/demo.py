@@ -1,4 +1,4 @@
-"""Why plain training fails, and a loss that does not, in a minute or two.
+"""Why plain training fails, and two losses that do not, in a minute or two.
 
 Docs: https://dglit.github.io/dglit/experiments.demo.html.md"""
 
@@ -23,40 +23,57 @@ from .latent import latent_points, plot_latent
 from .run import Spec, fit, learner_of
 from .sweep import writable
 
-# %% ../../nbs/64_experiments.demo.ipynb #2eea600f
+# %% ../../nbs/64_experiments.demo.ipynb #9dcf5457
 _short = dict(source='digits', bs=16, epochs=7, data=dict(size=28), precision='fp32')
-DEMO = {'plain training (ERM)': Spec(**_short), 'with RCL': Spec(method='rcl', **_short)}
+_coins = Spec('colored_mnist', model='mlp', net=dict(hidden=[64,64]), loss='binary_cross_entropy', source='digits', data=dict(copies=10), epochs=301, bs=None,
+              opt='adam', lr=3e-3, wd=2e-3, precision='fp32', selection='last', every=50)
+DEMO = {'MNIST-MP, plain training': Spec(**_short), 'MNIST-MP, RCL': Spec(method='rcl', **_short), 'Colored MNIST, plain training': _coins,
+        'Colored MNIST, IRM': replace(_coins, method='irm', settings=dict(weight=1e5, anneal_steps=100, l2=1e-3), wd=0.)}
 
-# %% ../../nbs/64_experiments.demo.ipynb #d3a5baf7
+# %% ../../nbs/64_experiments.demo.ipynb #0de4a6ae
+def _bars(ax, runs, domains, labels, names):
+    "Mean and standard deviation of the runs' accuracies in two domains."
+    table = pd.DataFrame([dict(method=n, domain=d, accuracy=r.metrics.get(d, nan)) for n,rs in zip(names, runs) for r in rs for d in domains])
+    mean,std = (table.pivot_table('accuracy', 'method', 'domain', sort=False, aggfunc=f).reindex(columns=domains) for f in ('mean','std'))
+    mean.plot.bar(yerr=std, ax=ax, color=['tab:orange','0.6'], capsize=4, rot=0, ylim=(0,105), xlabel='', ylabel='accuracy, %')
+    ax.legend(labels, loc='lower center', bbox_to_anchor=(.5,1), ncols=2, frameon=False)
+
+def _strip(ax, images, label):
+    ax.imshow(images.permute(1,2,0).cpu())
+    ax.set(xticks=[], yticks=[]); ax.set_ylabel(label, rotation=0, ha='right', va='center')
+
 def demo_figure(
-    runs:dict, # Name -> its runs
+    runs:dict, # Name, as in `DEMO` -> its runs
     learners:dict # Name -> a trained Learner
 ):
     "Samples, accuracies and latent spaces in one figure."
-    dls = next(iter(learners.values())).dls
-    fig = plt.figure(figsize=(10, 5.2), layout='constrained')
-    grid = fig.add_gridspec(4, 3, height_ratios=[1,1,2,2])
-    for i,(dl,label) in enumerate(((dls.train,'training'), (dls.tests['grey'],'test'))):
+    (erm,rcl,coins,irm),nets = runs.values(),list(learners.values())
+    fig = plt.figure(figsize=(10, 8), layout='constrained')
+    above,below = fig.subfigures(2, 1, height_ratios=[5.2,2.6])
+    grid = above.add_gridspec(4, 3, height_ratios=[1,1,2,2])
+    for i,(dl,label) in enumerate(((nets[0].dls.train,'training'), (nets[0].dls.tests['grey'],'test'))):
         x,y = dl.dataset.tensors[:2]
-        ax = fig.add_subplot(grid[i,:])
-        ax.imshow(torch.cat([x[y == c][0] for c in range(dls.c)], 2).permute(1,2,0).cpu())
-        ax.set(xticks=[], yticks=[]); ax.set_ylabel(label, rotation=0, ha='right', va='center')
-    ax = fig.add_subplot(grid[2:,0])
-    table = pd.DataFrame([dict(method=k, domain=d, accuracy=v) for k,rs in runs.items() for r in rs for d,v in r.metrics.items()])
-    means,stds = (table.pivot_table('accuracy', 'method', 'domain', sort=False, aggfunc=f).reindex(columns=['valid','grey']) for f in ('mean','std'))
-    means.plot.bar(yerr=stds, ax=ax, color=['tab:orange','0.6'], capsize=4, rot=0, ylim=(0,105), xlabel='', ylabel='accuracy, %')
-    ax.legend(['coloured digits','grey digits'], loc='lower center', bbox_to_anchor=(.5,1), ncols=2, frameon=False)
-    for i,(name,learn) in enumerate(learners.items()): plot_latent(latent_points(learn, 'grey'), fig.add_subplot(grid[2:,1+i]), f'features of grey digits, {name}')
+        _strip(above.add_subplot(grid[i,:]), torch.cat([x[y == c][0] for c in range(10)], 2), label)
+    _bars(above.add_subplot(grid[2:,0]), (erm,rcl), ['valid','grey'], ['coloured digits','grey digits'], ['plain','RCL'])
+    for i,name in enumerate(('plain','RCL')): plot_latent(latent_points(nets[i], 'grey'), above.add_subplot(grid[2:,1+i]), f'features of grey digits, {name}')
+    grid = below.add_gridspec(2, 3)
+    for i,(dl,label) in enumerate(((nets[2].dls.train,'training'), (nets[2].dls.tests['test'],'test'))):
+        x,y = dl.dataset.tensors[:2]
+        rows = torch.cat([torch.cat([*x[y == c][:12]], 2) for c in (0,1)], 1)
+        _strip(below.add_subplot(grid[i,:2]), torch.cat([rows, torch.zeros_like(rows[:1])]), f'{label}\nlabel 0, 1')
+    ax = below.add_subplot(grid[:,2])
+    _bars(ax, (coins,irm), ['valid','test'], ['as in training','test'], ['plain','IRM'])
+    for y in (50, 75): ax.axhline(y, color='k', ls='--', lw=.8)
     return fig
 
-# %% ../../nbs/64_experiments.demo.ipynb #2cf784ef
+# %% ../../nbs/64_experiments.demo.ipynb #765a82a8
 def demo_table(
     runs:dict # Name -> its runs
 ) -> pd.DataFrame: # A line for each name, in percent
     "Mean and standard deviation over the seeds of each method's accuracies."
     pm = lambda x: f'{x.mean():.1f}' + (f' ± {x.std():.1f}' if len(x) > 1 else '')
-    return pd.DataFrame({k: {label: pm(pd.Series([r.metrics.get(d, nan) for r in rs])) for d,label in (('valid','coloured digits'), ('grey','grey digits'))}
-                         for k,rs in runs.items()}).T
+    lines = {k: [list(r.metrics.values())[:2] or [nan, nan] for r in rs] for k,rs in runs.items()}
+    return pd.DataFrame({k: [pm(pd.Series(o)) for o in zip(*v)] for k,v in lines.items()}, index=['as in training','at test']).T
 
 def demo(
     folder='dglit-demo', # Where the figure and the records go
@@ -72,12 +89,13 @@ def demo(
         torch.set_num_threads(1) # of this thread: small batches gain more from a run per core
         return fit(learn, spec, advance)
     with Progress() as bar:
-        task = bar.add_task('training', total=sum(o.epochs for o in each))
+        task = bar.add_task('training', total=sum(len({*range(0, o.epochs, o.every), o.epochs-1}) for o in each)) # measurements
         done = Parallel(cpu_count(), prefer='threads', return_as='generator')(delayed(work)(*o, lambda _: bar.advance(task)) for o in zip(learners, each))
         runs = {k: [] for k in specs}
         for name,r in zip(names, done):
             runs[name].append(r)
-            bar.console.print(f'{name}, seed {r.spec.seed}: coloured {r.metrics.get("valid", nan):.1f}, grey {r.metrics.get("grey", nan):.1f}', highlight=False)
+            figures = ', '.join(f'{k} {v:.1f}' for k,v in r.metrics.items()) or r.status
+            bar.console.print(f'{name}, seed {r.spec.seed}: {figures}', highlight=False)
     fig = demo_figure(runs, dict(zip(names, learners)))
     fig.savefig(folder/'demo.png', dpi=150); plt.close(fig)
     write_whole(folder/'demo.jsonl', ''.join(r.to_json() + '\n' for rs in runs.values() for r in rs))
