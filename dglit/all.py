@@ -6,6 +6,8 @@ from dglit.data.colored_mnist import *
 from dglit.data.loaders import *
 from dglit.data.mnist import *
 from dglit.data.mnist_mp import *
+from dglit.data.structural_equations import *
+from dglit.experiments.causal import *
 from dglit.experiments.latent import *
 from dglit.experiments.run import Run, Spec, run
 from dglit.experiments.sweep import sweep

@@ -7,13 +7,18 @@ import torch
 import torchvision
 import fastai.callback.schedule  # lr_find
 from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from torch import nn
 
-from dglit.core import DataError
+from dglit.core import DataError, DglitError, generator
 from dglit.data import mnist
+from dglit.data.colored_mnist import color_environment, colored_mnist
+from dglit.data.loaders import DomainLoaders
 from dglit.data.mnist import load_mnist
 from dglit.data.mnist_mp import mnist_mp
+from dglit.learner import domain_learner, evaluate
+from dglit.methods.core import TakeDomain
+from dglit.models.mlp import MLP
 
 
 def idx(a): return bytes([0, 0, 8, a.ndim]) + struct.pack(f'>{a.ndim}I', *a.shape) + a.tobytes()
@@ -100,3 +105,56 @@ def test_a_pixel_takes_a_byte(learn):
     tensors = sum(t.numel()*t.element_size() for dl in learn.dls.loaders for t in dl.dataset.tensors)
     images = 3*28*28*(1198 + 2*599)
     assert tensors == images + 8*(1198 + 2*599)               # a byte a pixel
+
+
+@pytest.mark.parametrize('flip', [0., .1, .2, .9, 1.])
+@pytest.mark.parametrize('noise', [0., .25])
+def test_coins_fall_as_often_as_they_should(flip, noise):
+    "Labels and colours of an environment, within four standard deviations of the binomial."
+    n = 20_000
+    images, digits = np.full((n, 28, 28), 255, np.uint8), np.arange(n) % 10
+    x, y = color_environment(images, digits, flip, noise, generator(0, 'test'))
+    green = x[:, 1].flatten(1).amax(1) > 0
+    assert (x.flatten(2).amax(2).sum(1, dtype=torch.long) == 255).all()                          # one channel alone is lit
+    for share, p in (((y != torch.from_numpy(digits < 5)), noise), (green.long() != y, flip)):
+        assert abs(share.double().mean() - p) <= 4*(p*(1-p)/n)**.5
+    assert abs(((green.long() != y) & (y != torch.from_numpy(digits < 5))).double().mean() - flip*noise) < .02        # independent of each other
+
+
+def test_colored_mnist_is_dealt_as_the_authors_deal_it(digits):
+    "Even places to one environment, odd ones to the other; the last sixth to the test; the validation digits are nobody else's."
+    dls = colored_mnist(digits, label_noise=0., envs=(0., 1.))
+    x, y, d = dls.train.dataset.tensors
+    green = x[:, 1].flatten(1).amax(1) > 0
+    assert (green[d == 0] == (y[d == 0] == 1)).all() and (green[d == 1] != (y[d == 1] == 1)).all()
+    shapes = lambda t: [o.tobytes() for o in t.sum(1, dtype=torch.uint8).numpy()]
+    assert shapes(dls.tests['test'].dataset.tensors[0]) == [o.tobytes() for o in digits.x_train[-199:, ::2, ::2]]
+    assert sorted(shapes(x)) == sorted(o.tobytes() for o in digits.x_train[:-199, ::2, ::2])
+    assert sorted(shapes(dls.valid.dataset.tensors[0])) == sorted(o.tobytes() for o in digits.x_test[:, ::2, ::2])
+    ten = colored_mnist(digits, copies=10).train.dataset.tensors
+    assert len(ten[1]) == 9990 and abs(ten[2].double().mean() - .5) < 1e-3
+
+
+def test_balanced_loaders_in_fastai(digits):
+    "Training is balanced and shuffled, domains of unequal size included; predictions come once each, in the data's order."
+    t = torch.from_numpy
+    d = (torch.arange(1198) % 5 > 3).long()
+    train, valid = (t(digits.x_train)[:, None], t(digits.y_train), d), (t(digits.x_test)[:, None], t(digits.y_test), torch.zeros(599).long())
+    dls = DomainLoaders.from_tensors(train, valid, {}, bs=40, balanced=True, vocab=range(10))
+    assert all(o[2].sum()*2 == len(o[2]) for o in dls.train) and sum(len(o[2]) for o in dls.train) == 2*(d == 0).sum() == dls.train.n
+    seen = torch.cat([o[0][o[2] == 0] for o in dls.train])
+    assert len(seen.flatten(1).unique(dim=0)) == len(train[0][d == 0].flatten(1).unique(dim=0))
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), CrossEntropyLossFlat(), cbs=TakeDomain())
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3)
+        assert learn.get_preds(ds_idx=0)[1].tolist() == digits.y_train.tolist()
+    with pytest.raises(DglitError, match='bs 41 cannot hold as many of each of 2 domains'): dls.train.new(bs=41)
+    with pytest.raises(DglitError, match='needed images, targets and domains'): DomainLoaders.from_tensors(train[:2], valid, {}, balanced=True)
+
+
+def test_evaluate_looks_into_domains(digits):
+    learn = domain_learner(colored_mnist(digits), MLP(), loss_func=BCEWithLogitsLossFlat())
+    table = evaluate(learn)
+    assert list(table.index) == ['valid', 'valid[0]', 'valid[1]', 'test'] and table.n.tolist() == [599, 300, 299, 199]
+    a = table.accuracy*table.n
+    assert abs(a['valid'] - a['valid[0]'] - a['valid[1]']) < .1

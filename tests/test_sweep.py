@@ -165,7 +165,7 @@ def test_a_backend_that_is_not_installed(tmp_path, monkeypatch):
 
 
 def test_time_left():
-    made = lambda method, epochs, seconds: Run(Spec(method=method, epochs=epochs), 'done', {}, 0, [{}]*epochs, seconds, '', {}, '')
+    made = lambda method, epochs, seconds: Run(Spec(method=method, epochs=epochs), 'done', {}, 0, [dict(epoch=e) for e in range(epochs)], seconds, '', {}, '')
     runs = [made('erm', 2, 20.), made('jigsaw', 2, 60.)]
     assert seconds_left([Spec(), Spec(method='jigsaw')], runs) == 100 + 300
     assert seconds_left([Spec(), Spec(method='jigsaw')], runs, jobs=2) == 200

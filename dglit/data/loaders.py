@@ -40,7 +40,7 @@ def balanced_size(
     if bs % len(sizes): raise DglitError(f"bs {bs} cannot hold as many of each of {len(sizes)} domains: give a multiple of {len(sizes)}")
     return len(sizes)*sizes.max().item()
 
-# %% ../../nbs/11_data.loaders.ipynb #5da2b402
+# %% ../../nbs/11_data.loaders.ipynb #f39574bf
 class TensorLoader(TfmdDL):
     "Batches gathered from tensors on the device: images as bytes become floats in [low, 1]."
     n_inp = 1
@@ -52,13 +52,13 @@ class TensorLoader(TfmdDL):
         device=None, # Where the tensors live; None: fastai's default device
         seed:int=0, # Seed of the order
         low:float=-1., # What black becomes; white becomes 1
-        balanced:bool=False, # As many of each domain in every batch? `bs` is then a multiple of the number of domains
+        balanced:bool=False, # When shuffled, as many of each domain in every batch? `bs` is then a multiple of the number of domains
         **kwargs
     ):
         bs = len(dataset) if bs is None else bs
         super().__init__(dataset, bs=bs, shuffle=shuffle, drop_last=drop_last, num_workers=0, do_setup=False, **kwargs)
         self.seed,self.low,self.balanced,self.order,self.whole = seed,low,balanced,generator(seed, 'shuffle'),None
-        if balanced: self.n = balanced_size(dataset.tensors, bs)
+        if balanced and shuffle: self.n = balanced_size(dataset.tensors, bs)
         self.to(default_device() if device is None else device)
 
     def to(self, device):
@@ -67,7 +67,7 @@ class TensorLoader(TfmdDL):
         return self
 
     def get_idxs(self):
-        if self.balanced: return balanced_order(self.dataset.tensors[2].cpu(), self.order)
+        if self.balanced and self.shuffle: return balanced_order(self.dataset.tensors[2].cpu(), self.order)
         return torch.randperm(self.n, generator=self.order) if self.shuffle else torch.arange(self.n)
 
     def create_batch(self, idxs):
@@ -75,7 +75,7 @@ class TensorLoader(TfmdDL):
         return (x.mul((1-self.low)/255).add_(self.low), *rest)
 
     def __iter__(self):
-        if self.bs >= len(self.dataset) and not self.balanced: # one batch, the same every epoch: made once
+        if self.bs >= len(self.dataset) and not (self.balanced and self.shuffle): # one batch, the same every epoch: made once
             if self.whole is None: self.whole = self.one_batch()
             return iter([self.whole])
         idxs = self.get_idxs().to(self.device)

@@ -86,12 +86,12 @@ RCL_OPEN_POINTS = TABLES['rcl-open-points'] = Table('rcl-open-points', 'Readings
     Row('dropout-unscaled', 'Dropout: what is left is not scaled up', Spec(method='dropout', settings=dict(rescale=False)), RCL_TABLE2.row('dropout').published),
     Row('fp32-inf', 'm = ∞: float32, three epochs', _rcl(precision='fp32', epochs=3), _inf)))
 
-# %% ../../nbs/61_experiments.tables.ipynb #7847b651
-def _irm(method, hidden, lr, l2, epochs=501, net={}, data={}, bs=None, every=10, selection='last', **settings):
+# %% ../../nbs/61_experiments.tables.ipynb #499a8978
+def _irm(method, hidden, lr, l2, epochs=501, net={}, data={}, bs=None, every=10, selection='last', precision='bf16', **settings):
     "A training of Arjovsky et al.: all data in one batch, Adam; plain training has the l2 term as weight decay."
     penalised = method in ('irm','vrex')
     return Spec('colored_mnist', method, 'mlp', dict(l2=l2, **settings) if penalised else settings, data, net=dict(hidden=[hidden]*2, **net), loss='binary_cross_entropy',
-                epochs=epochs, bs=bs, opt='adam', lr=lr, wd=0. if penalised else 2*l2, selection=selection, every=every)
+                epochs=epochs, bs=bs, opt='adam', lr=lr, wd=0. if penalised else 2*l2, selection=selection, every=every, precision=precision)
 
 def _env(train=nan, train_std=nan, test=nan, test_std=nan): return dict(train=(train, train_std), test=(test, test_std))
 
@@ -114,11 +114,12 @@ _drawn = [_draw(_rng) for _ in range(16)]
 IRM_SEARCH = TABLES['irm-search'] = Table('irm-search', 'Random search on Colored MNIST', 'nowhere; 16 draws for each method', tuple(
     Row(f'{m}-{i}', f'{name}, draw {i}', _irm(m, **o, selection='best-valid'), _env()) for m,name in (('irm','IRM'), ('vrex','V-REx')) for i,o in enumerate(_drawn)))
 
-# %% ../../nbs/61_experiments.tables.ipynb #56802c4c
+# %% ../../nbs/61_experiments.tables.ipynb #229d990a
 IRM_RISKS = TABLES['irm-risks'] = Table('irm-risks', 'Where IRM fails on Colored MNIST', 'nowhere', (
     *(Row(f'n-{n}', f'{n:,} training digits', _irm('irm', **_official, data=dict(n=n)), _env()) for n in (1000, 2000, 5000, 10_000, 20_000)),
     *(Row(f'batch-{bs}{"-unbiased" if u else ""}', f'batches of {bs:,}{", unbiased" if u else ""}', _irm('irm', **_official, bs=bs, epochs=500*bs//50_000, every=1, unbiased=u), _env())
       for bs in (100, 500, 2000, 10_000) for u in (False, True)),
+    Row('fp32', 'all training digits, in float32', _irm('irm', **_official, precision='fp32'), _env()),
     Row('erm-penalty', 'Plain training, with the penalty measured', _irm('irm', 256, .001, .001, weight=0.), _env())))
 
 # %% ../../nbs/61_experiments.tables.ipynb #818e4152
