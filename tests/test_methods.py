@@ -1,4 +1,5 @@
 "What every method promises: any Learner, in company, and nothing left behind."
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, LabelSmoothingCrossEntropy, MSELossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam, OptimWrapper, ranger
+from fastai.torch_core import default_device
 from fastai.vision.learner import vision_learner
 from torch import nn
 from torchvision.models import resnet18
@@ -23,6 +25,7 @@ from dglit.data.loaders import DomainLoaders
 from dglit.data.mnist import Digits
 from dglit.data.mnist_mp import mnist_mp
 from dglit.experiments.run import METHODS, Spec, methods_of, run
+from dglit.experiments.tables import IRM_COLORED_MNIST
 from dglit.learner import BFloat16, domain_learner
 from dglit.losses.irm import irm_penalty
 from dglit.methods.core import DomainMethod, TakeDomain, step_generator
@@ -357,17 +360,39 @@ def test_methods_name_their_settings():
     assert [o.weight for o in methods_of(spec)] == [2., .5]
 
 
+def on(name, **changes): # a run that any method can do
+    where = dict(dataset='colored_mnist', data=dict(rgb=True)) if name in DOMAIN else {}
+    return Spec(method=name, source='digits', bs=32, epochs=1, **where, **changes)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_in_a_run(few, name):
+    r = run(on(name), few)
+    assert r.status == 'done' and torch.isfinite(torch.tensor(r.curve[0]['train_loss']))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 @pytest.mark.parametrize('name', NAMES)
 def test_on_cuda(few, name):
-    r = run(Spec(method=name, source='digits', bs=32, epochs=1), few)
-    assert r.status == 'done' and r.device != 'cpu'
+    default_device(True)
+    try: r = run(on(name), few)
+    finally: default_device(False)
+    assert r.status == 'done' and 'cpu' not in r.device
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 @pytest.mark.parametrize('name', NAMES)
 def test_half_precision_on_cuda(few, name):
     learn = learner(few, [METHODS[name](), MixedPrecision()])
-    learn.dls = mnist_mp(few, bs=32, size=28, device='cuda')
+    learn.dls.to('cuda')
     learn.model.cuda()
     assert finite(fit(learn))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_irm_full_batch_on_cuda(few):
+    "The table's own training, a few steps of it, on the device."
+    default_device(True)
+    try: r = run(replace(IRM_COLORED_MNIST.row('irm').spec, source='digits', epochs=21), few)
+    finally: default_device(False)
+    assert r.status == 'done' and len(r.curve) == 3
