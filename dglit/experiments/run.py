@@ -8,7 +8,7 @@ Docs: https://dglit.github.io/dglit/experiments.run.html.md"""
 __all__ = ['SOURCES', 'DATASETS', 'MODELS', 'METHODS', 'LOSSES', 'OPTIMIZERS', 'Spec', 'settings_of', 'settings_of_methods',
            'check', 'methods_of', 'learner_of', 'Run', 'fit', 'run', 'run_or_record']
 
-# %% ../../nbs/60_experiments.run.ipynb #759efc01
+# %% ../../nbs/60_experiments.run.ipynb #39c36e48
 import json, math, platform, time, traceback
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -24,7 +24,7 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import noop
 
-from ..core import DglitError, choose, set_seed
+from ..core import DglitError, choose, keep_memory, set_seed
 from ..data.colored_mnist import colored_mnist
 from ..data.loaders import data_hash
 from ..data.mnist import Digits, load_digits, load_mnist
@@ -188,7 +188,7 @@ class _EachEpoch(Callback):
     def after_epoch(self):
         if self.track_domains.curve[-1]['epoch'] == self.epoch: self.f(self.track_domains.curve[-1])
 
-# %% ../../nbs/60_experiments.run.ipynb #4dbb986c
+# %% ../../nbs/60_experiments.run.ipynb #1022a408
 def fit(
     learn:Learner, # From `learner_of`
     spec:Spec, # What it was made from
@@ -196,6 +196,7 @@ def fit(
 ) -> Run:
     "Train the Learner as `spec` says, and record it."
     dls,track,start = learn.dls, learn.track_domains, time.perf_counter()
+    if dls.device.type == 'cpu': keep_memory()
     try:
         with learn.no_bar(), learn.no_logging(): learn.fit(spec.epochs, cbs=[_EachEpoch(each_epoch)] if each_epoch else [])
     finally:
