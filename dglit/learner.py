@@ -37,14 +37,14 @@ def select_epoch(
     except (TypeError, ValueError) as e:
         raise DglitError(f"unknown selection {selection!r}: only early-stop takes a number, as in 'early-stop@95'") from e
 
-# %% ../nbs/50_learner.ipynb #a519647d
+# %% ../nbs/50_learner.ipynb #d48ef513
 def is_right(
     logits:Tensor, # Outputs [N,K], or [N,1] or [N] for a binary label
     targets:Tensor # Classes [N]
 ) -> Tensor: # bool [N]
     "Which answers are right."
     z = logits.reshape(len(targets), -1)
-    return (z.argmax(1) if z.shape[1] > 1 else z[:,0] > 0) == targets
+    return (z.argmax(1) if z.shape[1] > 1 else z[:,0] > 0) == targets.reshape(len(targets))
 
 def accuracy(
     logits:Tensor, # As for `is_right`
@@ -60,7 +60,7 @@ def _answers(learn, dl, inner=False):
 
 def _percent(right): return round(100*right.double().mean().item(), 4)
 
-# %% ../nbs/50_learner.ipynb #03f04c9c
+# %% ../nbs/50_learner.ipynb #d796bcb7
 class TrackDomains(Callback):
     "Measures every test domain after each epoch (`curve`), and ends with the weights of the selected epoch."
     order = 61 # after the Recorder (50) has logged the epoch
@@ -78,17 +78,19 @@ class TrackDomains(Callback):
         if self.curve and self.epoch <= self.curve[-1]['epoch']: self.curve,self.weights = [],None # a new fit
 
     def after_batch(self):
-        if self.training: self.train.accumulate(self.learn)
+        if self.training and self.due(self.epoch): self.train.accumulate(self.learn)
 
     def due(self, epoch): return epoch is not None and (epoch % self.every == 0 or epoch == self.n_epoch-1)
 
-    def before_validate(self):
-        if self.epochs and self.epochs[-1] is not None and not self.due(self.epochs[-1]): raise CancelValidException
+    def before_validate(self): # the epoch's own validation, not another callback's predictions
+        own = self.epochs and self.epochs[-1] is not None and not hasattr(self.learn, 'gather_preds')
+        if own and not self.due(self.epochs[-1]): raise CancelValidException
 
     def after_epoch(self):
         epoch = self.epochs.pop()
         if not self.due(epoch): return
         logged = dict(zip(self.recorder.metric_names[1:-1], map(float, self.recorder.values[-1])))
+        if 'valid_loss' not in logged: return # validation was cancelled, as lr_find does
         losses = {k: logged.pop(k) for k in ('train_loss','valid_loss')}
         train = round(100*self.train.value.item(), 4)
         tests = {k: _percent(_answers(self.learn, dl, inner=True)) for k,dl in getattr(self.dls, 'tests', {}).items()}
@@ -103,7 +105,7 @@ class TrackDomains(Callback):
     @property
     def selected(self): return select_epoch(self.curve, self.selection)
 
-# %% ../nbs/50_learner.ipynb #8d63a927
+# %% ../nbs/50_learner.ipynb #113ffce0
 def domain_learner(
     dls, # `DomainLoaders`, or any fastai `DataLoaders`
     model, # A model with a `body` (features) and a `head` (classifier)
@@ -118,9 +120,9 @@ def domain_learner(
     "A Learner that measures every test domain as it trains and keeps the selected epoch."
     each = lambda o: list(o) if isinstance(o, (list,tuple)) else [o]
     return Learner(dls, model, loss_func or CrossEntropyLossFlat(), metrics=[accuracy, *each(metrics)],
-                   cbs=[TakeDomain(), *each(methods), *each(cbs), TrackDomains(selection, every)], **kwargs)
+                   cbs=[TakeDomain(), *each(methods), *(o for o in each(cbs) if not isinstance(o, TakeDomain)), TrackDomains(selection, every)], **kwargs)
 
-# %% ../nbs/50_learner.ipynb #c4d99827
+# %% ../nbs/50_learner.ipynb #fdbe36fd
 def evaluate(
     learn:Learner # A Learner on `DomainLoaders`
 ) -> pd.DataFrame: # A row for each domain: `accuracy` in percent, `n` images; and one for each part of data of several domains, as 'valid[0]'
@@ -128,9 +130,9 @@ def evaluate(
     rows,line = {}, lambda right: dict(accuracy=_percent(right), n=len(right))
     for name,dl in learn.dls.domains.items():
         with learn.no_bar(): right = _answers(learn, dl)
-        rows[name],(*_,d) = line(right), dl.dataset.tensors
-        parts = d.unique().tolist() if len(dl.dataset.tensors) > 2 else []
-        if len(parts) > 1: rows.update({f'{name}[{k}]': line(right[(d == k).cpu()]) for k in parts})
+        rows[name],tensors = line(right), getattr(dl.dataset, 'tensors', ())
+        d = tensors[2].cpu() if len(tensors) > 2 else torch.zeros(0)
+        if len(d.unique()) > 1: rows.update({f'{name}[{k}]': line(right[d == k]) for k in d.unique().tolist()})
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('domain')
 
 # %% ../nbs/50_learner.ipynb #32cd55ff

@@ -157,3 +157,38 @@ def test_figure_3_shows_what_the_records_say():
     for (row, domain), p in points.groupby(['row', 'domain']):
         record = next(r for r in ALL if r.spec.row == row and r.spec.seed == 0)
         assert abs(100*p.correct.mean() - record.metrics[domain]) < 8     # five hundred of the ten thousand digits
+
+
+IRM = summarise(TABLES['irm-colored-mnist'], ALL)
+IRM_TEST, IRM_TRAIN = (IRM[IRM.domain == d].set_index('row') for d in ('test', 'train'))
+
+
+def test_irm_has_runs():
+    assert (IRM_TEST.n[['irm', 'erm', 'oracle', 'vrex', 'group-dro']] >= 5).all() and (IRM_TEST.n >= 3).all()
+
+
+def test_irm_finds_the_shape_and_plain_training_does_not():
+    test, train = IRM_TEST['mean'], IRM_TRAIN['mean']
+    assert abs(test['irm'] - 66.9) <= 3 and abs(train['irm'] - 70.8) <= 2
+    assert test['erm'] <= 20 and abs(test['oracle'] - 73) <= 1 and train['erm'] > 86
+    assert test['irm'] > 3*test['erm'] and test['vrex'] > 3*test['group-dro'] and test['group-dro'] < 25
+
+
+def test_validation_chooses_colour():
+    for row in ('irm', 'vrex', 'erm', 'group-dro'):
+        a = accuracies(TABLES['irm-colored-mnist'].row(f'{row}-validated'), ALL)
+        assert a.test.between(9, 11.5).all() and a.train.between(84, 86).all()
+    last = [r for r in ALL if r.spec.table == 'irm-search']
+    for m in ('irm', 'vrex'): # the draws that the table takes are those that validation chooses
+        best = max((r for r in last if r.spec.method == m), key=lambda r: r.curve[-1]['valid'])
+        chosen = TABLES['irm-colored-mnist'].row(f'{m}-drawn').spec
+        assert (best.spec.settings, best.spec.net, best.spec.lr) == (chosen.settings, chosen.net, chosen.lr)
+        assert IRM_TEST['mean'][f'{m}-drawn'] < 50
+
+
+def test_irm_follows_its_story():
+    "Colour first, as in plain training; after the step up in weight the penalty falls by orders of magnitude and the accuracies change places."
+    for r in ALL:
+        if r.spec.table != 'irm-colored-mnist' or r.spec.row != 'irm': continue
+        before, after = (next(o for o in r.curve if o['epoch'] == e) for e in (190, 500))
+        assert before['test'] < 12 and before['train'] > 84 and after['test'] > 55 and after['irm'] < before['irm']/1e4

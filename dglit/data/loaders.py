@@ -40,7 +40,7 @@ def balanced_size(
     if bs % len(sizes): raise DglitError(f"bs {bs} cannot hold as many of each of {len(sizes)} domains: give a multiple of {len(sizes)}")
     return len(sizes)*sizes.max().item()
 
-# %% ../../nbs/11_data.loaders.ipynb #f39574bf
+# %% ../../nbs/11_data.loaders.ipynb #def11416
 class TensorLoader(TfmdDL):
     "Batches gathered from tensors on the device: images as bytes become floats in [low, 1]."
     n_inp = 1
@@ -60,12 +60,10 @@ class TensorLoader(TfmdDL):
         self.seed,self.low,self.balanced,self.order,self.whole = seed,low,balanced,generator(seed, 'shuffle'),None
         if balanced and shuffle: self.n = balanced_size(dataset.tensors, bs)
         self.to(default_device() if device is None else device)
-
     def to(self, device):
         self.device = torch.device(device)
         self.dataset,self.whole = TensorDataset(*(t.to(self.device) for t in self.dataset.tensors)),None
         return self
-
     def get_idxs(self):
         if self.balanced and self.shuffle: return balanced_order(self.dataset.tensors[2].cpu(), self.order)
         return torch.randperm(self.n, generator=self.order) if self.shuffle else torch.arange(self.n)
@@ -76,19 +74,26 @@ class TensorLoader(TfmdDL):
 
     def __iter__(self):
         if self.bs >= len(self.dataset) and not (self.balanced and self.shuffle): # one batch, the same every epoch: made once
-            if self.whole is None: self.whole = self.one_batch()
+            if self.whole is None or self.whole[0]._version != self.version: # ... and anew if someone changed it in place
+                self.whole = self.one_batch()
+                self.version = self.whole[0]._version
             return iter([self.whole])
         idxs = self.get_idxs().to(self.device)
         if self.drop_last: idxs = idxs[:len(self)*self.bs]
         return map(self.create_batch, idxs.split(self.bs))
 
-    def one_batch(self): return self.create_batch(torch.arange(min(self.bs, len(self.dataset)), device=self.device))
+    def one_batch(self):
+        idxs = self.new().get_idxs() if self.balanced and self.shuffle else torch.arange(len(self.dataset))
+        return self.create_batch(idxs[:self.bs].to(self.device))
 
-    def new(self, dataset=None, cls=None, **kwargs):
-        same = dict(bs=self.bs, shuffle=self.shuffle, drop_last=self.drop_last, device=self.device, seed=self.seed, low=self.low, balanced=self.balanced)
-        return (cls or type(self))(self.dataset if dataset is None else dataset, **{**same, **kwargs})
+# %% ../../nbs/11_data.loaders.ipynb #512f07ef
+@patch
+def new(self:TensorLoader, dataset=None, cls=None, **kwargs):
+    "A loader like this one, but for what is given."
+    same = dict(bs=self.bs, shuffle=self.shuffle, drop_last=self.drop_last, device=self.device, seed=self.seed, low=self.low, balanced=self.balanced)
+    return (cls or type(self))(self.dataset if dataset is None else dataset, **{**same, **kwargs})
 
-# %% ../../nbs/11_data.loaders.ipynb #b7d05ab7
+# %% ../../nbs/11_data.loaders.ipynb #844f8d62
 class DomainLoaders(DataLoaders):
     "fastai `DataLoaders` with `.tests`, a dict of test domains by name."
     n_inp = 1
@@ -107,7 +112,7 @@ class DomainLoaders(DataLoaders):
     def domains(self): return dict(valid=self.valid, **self.tests)
 
     def new_empty(self): # for `Learner.export`
-        train,valid,*tests = [dl.new(TensorDataset(*(t[:0] for t in dl.dataset.tensors)), bs=dl.bs) for dl in self.loaders]
+        train,valid,*tests = [dl.new(TensorDataset(*(t[:0] for t in dl.dataset.tensors)), bs=dl.bs, shuffle=False) for dl in self.loaders]
         return type(self)(train, valid, dict(zip(self.tests, tests)), self.vocab, self.path)
 
     @classmethod

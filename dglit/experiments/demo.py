@@ -66,7 +66,7 @@ def demo_figure(
     for y in (50, 75): ax.axhline(y, color='k', ls='--', lw=.8)
     return fig
 
-# %% ../../nbs/64_experiments.demo.ipynb #765a82a8
+# %% ../../nbs/64_experiments.demo.ipynb #fe597b4c
 def demo_table(
     runs:dict # Name -> its runs
 ) -> pd.DataFrame: # A line for each name, in percent
@@ -77,13 +77,12 @@ def demo_table(
 
 def demo(
     folder='dglit-demo', # Where the figure and the records go
-    seeds:int=3, # Trainings of each kind
-    specs:dict=DEMO # Name -> spec
+    seeds:int=3 # Trainings of each kind
 ) -> pd.DataFrame: # The table
-    "Train each spec with each seed, save a figure and the records, and return the table."
+    "Train each of `DEMO` with each seed, save the records and a figure, and return the table."
     folder,digits = writable(folder), load_digits()
-    names = [k for k in specs for _ in range(seeds)]
-    each = [replace(specs[k], seed=i % seeds) for i,k in enumerate(names)]
+    names = [k for k in DEMO for _ in range(seeds)]
+    each = [replace(DEMO[k], seed=i % seeds) for i,k in enumerate(names)]
     learners = [learner_of(o, digits) for o in each]
     def work(learn, spec, advance):
         torch.set_num_threads(1) # of this thread: small batches gain more from a run per core
@@ -91,12 +90,12 @@ def demo(
     with Progress() as bar:
         task = bar.add_task('training', total=sum(len({*range(0, o.epochs, o.every), o.epochs-1}) for o in each)) # measurements
         done = Parallel(cpu_count(), prefer='threads', return_as='generator')(delayed(work)(*o, lambda _: bar.advance(task)) for o in zip(learners, each))
-        runs = {k: [] for k in specs}
+        runs = {k: [] for k in DEMO}
         for name,r in zip(names, done):
             runs[name].append(r)
             figures = ', '.join(f'{k} {v:.1f}' for k,v in r.metrics.items()) or r.status
             bar.console.print(f'{name}, seed {r.spec.seed}: {figures}', highlight=False)
+    write_whole(folder/'demo.jsonl', ''.join(r.to_json() + '\n' for rs in runs.values() for r in rs))
     fig = demo_figure(runs, dict(zip(names, learners)))
     fig.savefig(folder/'demo.png', dpi=150); plt.close(fig)
-    write_whole(folder/'demo.jsonl', ''.join(r.to_json() + '\n' for rs in runs.values() for r in rs))
     return demo_table(runs)

@@ -1,4 +1,4 @@
-"""How far is each environment from having this classifier as its best?
+"""In every environment, is this scale of the outputs the best?
 
 Docs: https://dglit.github.io/dglit/losses.irm.html.md"""
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..core import choose
 
-# %% ../../nbs/33_losses.irm.ipynb #fb00f01e
+# %% ../../nbs/33_losses.irm.ipynb #4db10e39
 def _cross_entropy(z, y): return ((z.softmax(1) - F.one_hot(y, z.shape[1]))*z).sum(1)
 def _binary_cross_entropy(z, y): return (z.sigmoid() - y)*z
 def _squared_error(z, y): return 2*(z - y)*z
@@ -22,7 +22,7 @@ SLOPES = dict(cross_entropy=_cross_entropy, binary_cross_entropy=_binary_cross_e
 
 def scale_slopes(
     logits:Tensor, # Outputs of the network [N] or [N,K], before any softmax or sigmoid
-    targets:Tensor, # Classes [N] for cross-entropy; of as many numbers as the outputs for the others
+    targets:Tensor, # Classes [N] for cross-entropy; of as many numbers as the outputs for the others, whose loss is the mean over K
     loss='cross_entropy' # One of `SLOPES`, or a function of (logits, targets) that gives each example's loss [N]
 ) -> Tensor: # [N], in float32 at least
     "Slope of each example's loss in a scale of the outputs, at scale 1."
@@ -30,10 +30,9 @@ def scale_slopes(
     if callable(loss):
         z = z if z.requires_grad else z.detach().requires_grad_()
         with torch.enable_grad(): t = torch.autograd.grad(loss(z, targets).sum(), z, create_graph=True)[0]*z
-    else:
-        if loss != 'cross_entropy': targets = targets.view(z.shape).to(z)
-        t = choose(loss, SLOPES, 'loss')(z, targets)
-    return t.flatten(1).sum(1) if t.ndim > 1 else t
+        return t.reshape(len(t), -1).sum(1)
+    slope = choose(loss, SLOPES, 'loss')
+    return slope(z, targets if loss == 'cross_entropy' else targets.view(z.shape).to(z)).reshape(len(z), -1).mean(1)
 
 # %% ../../nbs/33_losses.irm.ipynb #6b7614b1
 def domain_means(

@@ -106,13 +106,14 @@ class FeatureMethod(Method):
         if self.hook: self.hook.remove()
         self.hook = self.features = None
 
-# %% ../../nbs/40_methods.core.ipynb #75a5d9a3
+# %% ../../nbs/40_methods.core.ipynb #5bcd3c85
 class TakeDomain(Callback):
     "Of batches (x, y, domain) the domain becomes `learn.domain`, and y alone is the target."
     order = -5 # before all that look at the targets
     def before_batch(self):
         *y,d = self.yb if len(self.yb) > 1 else (*self.yb, None)
         self.learn.yb,self.learn.domain = tuple(y),d
+    def after_fit(self): self.learn.domain = None
 
 class DomainMethod(Method):
     "A `Method` whose term may use `self.domain` [N], `self.losses(pred, y)` and `self.domain_risks()`."
@@ -123,20 +124,21 @@ class DomainMethod(Method):
             self.taken = TakeDomain()
             self.learn.add_cb(self.taken)
 
+    def before_validate(self): self.before_fit() # another callback's get_preds() ends with after_fit, too
     def after_fit(self):
         super().after_fit()
         if self.taken: self.learn.remove_cb(self.taken)
         self.taken = None
 
     def after_pred(self):
-        d,name = self.domain,type(self).__name__
-        if d is None: raise DglitError(f"{name} needs batches (x, y, domain), these are (x, y): give each example the number of its domain, as colored_mnist does")
-        if (d == d[0]).all(): raise DglitError(f"{name} compares domains, and this batch of {len(d)} is all of domain {d[0]}: "
-                                               "mix them, as DomainLoaders.from_tensors(..., balanced=True) does")
+        if self.domain is None: raise DglitError(f"{type(self).__name__} needs batches (x, y, domain), these are (x, y): "
+                                                 "give each example the number of its domain, as colored_mnist does")
 
     def losses(self, pred:Tensor, y:Tensor) -> Tensor: # [N]
-        "The loss of each example, in float32."
-        with NoneReduce(self.loss_func) as each: return each(pred.float(), y).view(len(pred), -1).mean(1)
+        "The loss of each example, in float32; class weights multiply it, and are not divided out."
+        try:
+            with NoneReduce(self.loss_func) as each: return each(pred.float(), y).view(len(pred), -1).mean(1)
+        except TypeError as e: raise DglitError(f"{type(self).__name__} needs the loss of each example, and {self.loss_func} takes no reduction='none': give a loss that does") from e
 
     def domain_risks(self) -> tuple: # (risks [D], whether the batch has examples of the domain [D])
         "The mean loss of each domain."

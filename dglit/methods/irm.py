@@ -7,13 +7,16 @@ Docs: https://dglit.github.io/dglit/methods.irm.html.md"""
 # %% auto #0
 __all__ = ['InvarianceMethod', 'IRM', 'VREx', 'GroupDRO']
 
-# %% ../../nbs/49_methods.irm.ipynb #65cbe8c2
-import torch
+# %% ../../nbs/49_methods.irm.ipynb #1228c1a3
+from math import inf
 
+from torch.nn.functional import pad
+
+from ..core import DglitError
 from ..losses.irm import irm_penalty
 from .core import DomainMethod
 
-# %% ../../nbs/49_methods.irm.ipynb #e63f118b
+# %% ../../nbs/49_methods.irm.ipynb #2379b767
 class InvarianceMethod(DomainMethod):
     "A `DomainMethod` whose weight steps up, with the whole loss then divided by it: the recipe of IRM's authors."
     order = 5.5 # after the methods that add a term, as it divides their sum
@@ -24,6 +27,16 @@ class InvarianceMethod(DomainMethod):
     ):
         super().__init__(weight)
         self.anneal_steps,self.l2 = anneal_steps,l2
+
+    def before_fit(self):
+        super().before_fit()
+        if sum(isinstance(o, InvarianceMethod) for o in self.learn.cbs) > 1: raise DglitError("IRM and VREx both divide the loss: use one of them at a time")
+
+    def after_pred(self):
+        super().after_pred()
+        if (self.domain == self.domain[0]).all():
+            raise DglitError(f"{type(self).__name__} compares domains, and this batch of {len(self.domain)} is all of domain {self.domain[0]}: "
+                             "mix them, as DomainLoaders.from_tensors(..., balanced=True) does")
 
     def weight_now(self):
         w,step = super().weight_now(), self.epoch*self.n_iter + self.iter
@@ -55,7 +68,7 @@ class VREx(InvarianceMethod):
         risks,there = self.domain_risks()
         return risks[there].var(unbiased=False)
 
-# %% ../../nbs/49_methods.irm.ipynb #9b5c3949
+# %% ../../nbs/49_methods.irm.ipynb #7e87a1a6
 class GroupDRO(DomainMethod):
     "Group distributionally robust optimization (Sagawa et al. 2020, Algorithm 1); `q` are the weights of the domains."
     def __init__(self,
@@ -63,17 +76,19 @@ class GroupDRO(DomainMethod):
         step_size:float=.01 # Eta of Algorithm 1: how fast `q` moves
     ):
         super().__init__(weight)
-        self.step_size,self.q = step_size,None
+        self.step_size,self.log_q = step_size,None
 
     def before_train(self):
         super().before_train()
-        if self.epoch == 0: self.q = None
+        if self.epoch == 0: self.log_q = None
 
     def term(self):
         risks,there = self.domain_risks()
-        q = risks.new_ones(len(risks)) if self.q is None else self.q
-        if len(q) < len(risks): q = torch.cat([q, q.new_ones(len(risks) - len(q))])     # a domain not met before
-        q[:len(risks)] *= (self.step_size*risks.detach()).exp()
-        self.q = q/q.sum()
-        here = self.q[:len(risks)]*there
-        return (here*risks).sum()/here.sum() - self.loss
+        log_q = risks.new_zeros(len(risks)) if self.log_q is None else self.log_q
+        log_q = pad(log_q, (0, max(0, len(risks) - len(log_q))))                                  # a domain not met before: as at the start
+        self.log_q = log_q + pad(self.step_size*risks.detach(), (0, len(log_q) - len(risks)))
+        here = self.log_q[:len(risks)].masked_fill(~there, -inf).softmax(0)
+        return (here*risks).sum() - self.loss
+
+    @property
+    def q(self): return self.log_q.softmax(0)
