@@ -41,7 +41,7 @@ def _settings(pairs):
         if '=' not in o: raise DglitError(f"setting {o!r}: needed NAME=VALUE, such as margin=0.9")
     return {k: value(v) for k,_,v in (o.partition('=') for o in pairs)}
 
-# %% ../nbs/90_cli.ipynb #69084c0a
+# %% ../nbs/90_cli.ipynb #2d6ff479
 @app.command()
 def train(
     dataset: Annotated[str, typer.Option(help='See `dglit list`.')] = 'mnist_mp',
@@ -72,7 +72,7 @@ def train(
     check(spec)
     folder = writable(out) if out else None
     learn = learner_of(spec)
-    show = lambda o: '  '.join(f'{k} {v:.2f}' if isinstance(v, float) else f'{k} {v}' for k,v in o.items())
+    show = lambda o: '  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k,v in o.items())
     r = fit(learn, spec, each_epoch=lambda o: print(show(o), flush=True))
     print(f'\n{selection} selects epoch {r.curve[r.selected]["epoch"]}: {show(r.metrics)}' if r.metrics else '\ndiverged: the loss is no longer a number')
     if folder:
