@@ -104,7 +104,7 @@ _PUBLISHED = (
     Row('vrex', 'V-REx', _irm('vrex', **_official), _env(71.5, 1.0, 68.7, .9)),
     Row('group-dro', 'GroupDRO', _irm('group_dro', **_plain), _env(88.9, .3, 22.3, 4.6)))
 
-# %% ../../nbs/61_experiments.tables.ipynb #d84b7600
+# %% ../../nbs/61_experiments.tables.ipynb #f4bb55fe
 def _draw(rng):
     "Hyperparameters from the ranges of the authors' random search."
     return dict(hidden=int(2**rng.uniform(6, 9)), l2=10**rng.uniform(-5, -2), lr=10**rng.uniform(-3.5, -2.5),
@@ -115,11 +115,11 @@ _drawn = [_draw(_rng) for _ in range(16)]
 IRM_SEARCH = TABLES['irm-search'] = Table('irm-search', 'Random search on Colored MNIST', 'nowhere; 16 draws for each method', tuple(
     Row(f'{m}-{i}', f'{name}, draw {i}', _irm(m, **o, selection='best-valid'), _env()) for m,name in (('irm','IRM'), ('vrex','V-REx')) for i,o in enumerate(_drawn)))
 
-def _validated(row, label): return Row(f'{row.name}-validated', f'{label}, step by validation', replace(row.spec, selection='best-valid'), _env())
+def _validated(row): return Row(f'{row.name}-validated', f'{row.label}, step by validation', replace(row.spec, selection='best-valid'), _env())
 
 _chosen = IRM_SEARCH.row('irm-11'), IRM_SEARCH.row('vrex-11') # of the sixteen draws, the best on validation data at the last step
 IRM_COLORED_MNIST = TABLES['irm-colored-mnist'] = Table('irm-colored-mnist', 'IRM on Colored MNIST', 'Arjovsky et al., Table 1, 10 runs; V-REx and GroupDRO: Krueger et al., Table 2', (
-    *_PUBLISHED, *(_validated(r, r.label) for r in _PUBLISHED if r.name != 'oracle'),
+    *_PUBLISHED, *(_validated(r) for r in _PUBLISHED if r.name != 'oracle'),
     *(Row(f'{r.spec.method}-drawn', f'{r.label.split(",")[0]}, hyperparameters by validation', replace(r.spec, selection='last'), _env()) for r in _chosen)))
 
 # %% ../../nbs/61_experiments.tables.ipynb #229d990a
