@@ -8,7 +8,7 @@ Docs: https://dglit.github.io/dglit/experiments.run.html.md"""
 __all__ = ['SOURCES', 'DATASETS', 'MODELS', 'METHODS', 'LOSSES', 'OPTIMIZERS', 'Spec', 'settings_of', 'settings_of_methods',
            'check', 'methods_of', 'learner_of', 'Run', 'fit', 'run', 'run_or_record']
 
-# %% ../../nbs/60_experiments.run.ipynb #39c36e48
+# %% ../../nbs/60_experiments.run.ipynb #a4567bdd
 import json, math, platform, time, traceback
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -25,11 +25,13 @@ from fastai.optimizer import OptimWrapper
 from fastcore.basics import noop
 
 from ..core import DglitError, choose, keep_memory, set_seed
+from ..data.background_mnist import background_mnist
 from ..data.colored_mnist import colored_mnist
 from ..data.loaders import data_hash
 from ..data.mnist import Digits, load_digits, load_mnist
 from ..data.mnist_mp import mnist_mp, mnist_plain, mnist_up
 from ..learner import BFloat16, domain_learner, select_epoch
+from ..methods.cim import CIM
 from ..methods.decov import DeCov
 from ..methods.dropout import ChannelDropout
 from ..methods.irm import IRM, GroupDRO, VREx
@@ -38,19 +40,22 @@ from ..methods.orthogonality import DoubleSoftOrthogonality
 from ..methods.rcl import RCL
 from ..methods.reconstruction import Reconstruction
 from ..methods.rsc import RSC
+from ..methods.scl import SCL
 from ..methods.spectral_decoupling import SpectralDecoupling
+from ..methods.vib import VIB
 from ..models.convnet import ConvNet
 from ..models.mlp import MLP
 
-# %% ../../nbs/60_experiments.run.ipynb #30481789
+# %% ../../nbs/60_experiments.run.ipynb #288dcda7
 SOURCES = dict(mnist=load_mnist, digits=load_digits)
-DATASETS = dict(mnist_mp=mnist_mp, mnist_up=mnist_up, mnist_plain=mnist_plain, colored_mnist=colored_mnist)
+DATASETS = dict(mnist_mp=mnist_mp, mnist_up=mnist_up, mnist_plain=mnist_plain, colored_mnist=colored_mnist, background_mnist=background_mnist)
 MODELS = dict(convnet=ConvNet, mlp=MLP)
 METHODS = dict(erm=None, rcl=RCL, dropout=ChannelDropout, orthogonality=DoubleSoftOrthogonality, decov=DeCov, jigsaw=Jigsaw,
-               reconstruction=Reconstruction, spectral_decoupling=SpectralDecoupling, rsc=RSC, irm=IRM, vrex=VREx, group_dro=GroupDRO)
+               reconstruction=Reconstruction, spectral_decoupling=SpectralDecoupling, rsc=RSC, irm=IRM, vrex=VREx, group_dro=GroupDRO,
+               cim=CIM, vib=VIB, scl=SCL)
 LOSSES = dict(cross_entropy=CrossEntropyLossFlat, binary_cross_entropy=BCEWithLogitsLossFlat) # the second has one output for two classes
 OPTIMIZERS = dict(sgd=partial(OptimWrapper, opt=torch.optim.SGD, nesterov=True, fused=True), # Nesterov's momentum
-                  adam=partial(OptimWrapper, opt=torch.optim.Adam))
+                  adam=partial(OptimWrapper, opt=torch.optim.Adam, fused=True))
 
 # %% ../../nbs/60_experiments.run.ipynb #63b461cc
 @dataclass(frozen=True)
@@ -77,12 +82,12 @@ class Spec:
     table: str = '' # The table, and the row of it, that the run is for
     row: str = ''
 
-# %% ../../nbs/60_experiments.run.ipynb #88ecbf38
+# %% ../../nbs/60_experiments.run.ipynb #7bc387b0
 def settings_of(
     f # A dataset, a model, a method, or None
 ) -> dict: # Name -> parameter, with its default and its type
     "The settings that a `Spec` can give to `f`."
-    given = ('c_in','c_out','size') if f in MODELS.values() else ('digits','bs','seed','device','module','head','decoder')
+    given = ('c_in','c_out','size') if f in MODELS.values() else ('digits','bs','seed','device','module','head','decoder','net')
     return {} if f is None else {k: p for k,p in signature(f).parameters.items() if k not in given}
 
 def settings_of_methods(
@@ -99,13 +104,13 @@ def _check_type(name, value, needed):
     if needed in (int, float, str, bool) and ((isinstance(value, bool) and needed is not bool) or not isinstance(value, (int,float) if needed is float else needed)):
         raise DglitError(f"{name} {value!r}: needed {dict(int='a whole number', float='a number', str='a word', bool='True or False')[needed.__name__]}")
 
-# %% ../../nbs/60_experiments.run.ipynb #40f1772a
+# %% ../../nbs/60_experiments.run.ipynb #e9f6c111
 def check(spec:Spec):
     "A `DglitError` if `spec` cannot be run; says what is wrong and what there is."
     for name,options,kind in ((spec.source, SOURCES, 'source'), (spec.dataset, DATASETS, 'dataset'), (spec.model, MODELS, 'model'),
                               (spec.loss, LOSSES, 'loss'), (spec.opt, OPTIMIZERS, 'opt'), (spec.precision, ['bf16','fp32'], 'precision')):
         choose(name, options, kind)
-    select_epoch([dict(valid=0.)], spec.selection)
+    select_epoch([dict(valid=0., balanced=0.)], spec.selection)
     for f in fields(Spec): _check_type(f.name, getattr(spec, f.name), f.type)
     for k in ('epochs','bs','lr','every'):
         if getattr(spec, k) is not None and not getattr(spec, k) > 0: raise DglitError(f"{k} {getattr(spec, k)!r}: needed above 0")

@@ -7,15 +7,14 @@ Docs: https://dglit.github.io/dglit/methods.jigsaw.html.md"""
 # %% auto #0
 __all__ = ['PERMUTATIONS', 'shuffle_tiles', 'Jigsaw']
 
-# %% ../../nbs/45_methods.jigsaw.ipynb #f5e9f481
+# %% ../../nbs/45_methods.jigsaw.ipynb #c10289ce
 from itertools import permutations
 
 import torch
-from fastai.callback.hook import Hook
 from torch import Tensor, nn
 
 from ..core import DglitError
-from .core import NetMethod, last_layer, step_generator
+from .core import SideNet, hook_input, last_layer, step_generator
 
 # %% ../../nbs/45_methods.jigsaw.ipynb #9555307b
 PERMUTATIONS = torch.tensor(list(permutations(range(4)))) # [24,4]
@@ -31,16 +30,16 @@ def shuffle_tiles(
     tiles = tiles[torch.arange(n, device=x.device)[:,None], PERMUTATIONS.to(x.device)[which]]
     return tiles.unflatten(1, (2,2)).permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)
 
-# %% ../../nbs/45_methods.jigsaw.ipynb #e7329001
-class Jigsaw(NetMethod):
+# %% ../../nbs/45_methods.jigsaw.ipynb #40d2ac69
+class Jigsaw(SideNet):
     "Solve jigsaw puzzles of 2x2 tiles with a second head (Carlucci et al., 2019; Duboudin et al., §5.1)."
     def __init__(self,
         weight:float=10., # Weight of the permutation loss: a number, or a fastai schedule
         module:nn.Module|None=None # The classifier's last layer, beside which the permutation head stands; None: the model's last linear layer
     ): super().__init__(weight, module)
 
-    def make_hook(self): return Hook(self.module or last_layer(self.model), lambda layer,inp,out: inp[0], detach=False)
-    def make_net(self): return nn.Linear(self.features.shape[-1], len(PERMUTATIONS))
+    def make_hook(self): return hook_input(self.module or last_layer(self.model))
+    def make_net(self, features): return nn.Linear(features.shape[-1], len(PERMUTATIONS))
 
     def term(self):
         which = torch.randint(len(PERMUTATIONS), (len(self.x),), generator=step_generator(self)).to(self.x.device)

@@ -7,12 +7,12 @@ Docs: https://dglit.github.io/dglit/methods.reconstruction.html.md"""
 # %% auto #0
 __all__ = ['Decoder', 'Reconstruction']
 
-# %% ../../nbs/46_methods.reconstruction.ipynb #ba280ec2
+# %% ../../nbs/46_methods.reconstruction.ipynb #27810d11
 import torch
 from torch import nn
 
 from ..core import DglitError
-from .core import NetMethod
+from .core import SideNet
 
 # %% ../../nbs/46_methods.reconstruction.ipynb #6dc4d148
 class Decoder(nn.Module):
@@ -36,8 +36,8 @@ class Decoder(nn.Module):
         if x.shape[-2:] != self.size: x = nn.functional.interpolate(x, self.size, mode='bilinear')
         return x.tanh()
 
-# %% ../../nbs/46_methods.reconstruction.ipynb #17e5b260
-class Reconstruction(NetMethod):
+# %% ../../nbs/46_methods.reconstruction.ipynb #4654dfa1
+class Reconstruction(SideNet):
     "Draw the image again from its features (after Ghifary et al., 2016; Duboudin et al., §5.1)."
     def __init__(self,
         weight:float=1., # Weight of the mean squared error: a number, or a fastai schedule
@@ -47,10 +47,10 @@ class Reconstruction(NetMethod):
         super().__init__(weight, module)
         self.net = decoder
 
-    def make_net(self):
-        if self.features.ndim != 4: raise DglitError(f"features of shape {tuple(self.features.shape)}: Decoder needs [N,C,H,W]; give a decoder of your own")
+    def make_net(self, features):
+        if features.ndim != 4: raise DglitError(f"features of shape {tuple(features.shape)}: Decoder needs [N,C,H,W]; give a decoder of your own")
         low,high = self.x.aminmax()
         if low < -1 or high > 1: raise DglitError(f"images from {low:.2f} to {high:.2f}: Decoder draws in [-1, 1]; rescale them, or give a decoder of your own")
-        return Decoder(self.features.shape[1], self.x.shape[1], self.x.shape[-2:])
+        return Decoder(features.shape[1], self.x.shape[1], self.x.shape[-2:])
 
     def term(self): return nn.functional.mse_loss(self.net(self.features).float(), self.x.float())
