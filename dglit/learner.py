@@ -6,10 +6,14 @@ Docs: https://dglit.github.io/dglit/learner.html.md"""
 
 # %% auto #0
 __all__ = ['select_epoch', 'is_right', 'accuracy', 'trained_modules', 'weights_of', 'TrackDomains', 'domain_learner', 'evaluate',
-           'BFloat16']
+           'save_trained', 'load_trained', 'BFloat16']
 
-# %% ../nbs/50_learner.ipynb #bc517865
+# %% ../nbs/50_learner.ipynb #4a6141be
+import json
 from copy import deepcopy
+from inspect import signature
+from io import BytesIO
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -20,7 +24,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastcore.basics import noop
 from torch import Tensor
 
-from .core import DglitError, choose
+from .core import DglitError, choose, write_whole
 from .methods.core import InputNet, TakeDomain
 
 # %% ../nbs/50_learner.ipynb #a8387683
@@ -154,6 +158,43 @@ def evaluate(
         d = tensors[2].cpu() if len(tensors) > 2 else torch.zeros(0)
         if len(d.unique()) > 1: rows.update({f'{name}[{k}]': line(right[d == k]) for k in d.unique().tolist()})
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('domain')
+
+# %% ../nbs/50_learner.ipynb #3044d7cf
+def _describe(cb):
+    "A method's class and those of its settings that JSON can hold."
+    settings = {k: getattr(cb, k) for k in signature(type(cb)).parameters if hasattr(cb, k)}
+    return {'class': type(cb).__name__, 'shape': list(cb.shape), 'settings': {k: v for k,v in settings.items() if isinstance(v, (int,float,str,bool))}}
+
+def save_trained(
+    learn:Learner, # After training
+    folder # Where `weights.pt` and `description.json` go
+) -> Path: # The folder
+    "Write the weights of all that predictions go through, and what they belong to."
+    folder,weights = Path(folder),BytesIO()
+    methods = {k: _describe(getattr(learn, k)) for k in trained_modules(learn) if k != 'model'}
+    torch.save(weights_of(learn), weights)
+    write_whole(folder/'weights.pt', weights.getvalue())
+    write_whole(folder/'description.json', json.dumps(dict(model=type(learn.model).__name__, methods=methods, classes=[str(o) for o in learn.dls.vocab or []]), indent=2))
+    return folder
+
+def load_trained(
+    learn:Learner, # Built like the one that was saved; what it has learnt is replaced
+    folder # From `save_trained`
+) -> Learner: # `learn`
+    "Read weights into a Learner with the same model and methods."
+    weights,found = (Path(folder)/o for o in ('weights.pt','description.json'))
+    for o in (weights, found):
+        if not o.exists(): raise DglitError(f"{o} does not exist: give a folder that save_trained wrote")
+    found,state = json.loads(found.read_text()),torch.load(weights, map_location='cpu', weights_only=True)
+    mine = {cb.name: cb for cb in learn.cbs if isinstance(cb, InputNet)}
+    if set(mine) != set(found['methods']): raise DglitError(f"saved with methods {sorted(found['methods'])}, this Learner has {sorted(mine)}: give it the same")
+    for k,o in found['methods'].items():
+        if mine[k].net is None: mine[k].net = mine[k].make_net(torch.zeros(1, *o['shape']))
+        mine[k].net.to(next(learn.model.parameters()).device)
+    for k,module in trained_modules(learn).items():
+        try: module.load_state_dict(state[k])
+        except RuntimeError as e: raise DglitError(f"the weights of {k!r} do not fit; saved: {found['methods'].get(k, found['model'])}. {e}") from e
+    return learn
 
 # %% ../nbs/50_learner.ipynb #32cd55ff
 class BFloat16(MixedPrecision):

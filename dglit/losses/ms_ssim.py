@@ -52,7 +52,7 @@ def check_levels(
     if levels > len(fits): raise DglitError(f"images of {size[0]}x{size[1]} pixels are too small for {levels} levels of a {win_size}-pixel window: " +
         (f"levels can be at most {len(fits)}" if fits else f"win_size can be at most {min(size) - (min(size) + 1) % 2}"))
 
-# %% ../../nbs/34_losses.ms_ssim.ipynb #cda15c10
+# %% ../../nbs/34_losses.ms_ssim.ipynb #5f73781c
 def _power(x, w): # 0 for x <= 0, with a gradient of 0
     above = x > 0
     return torch.where(above, x.where(above, torch.ones_like(x))**w, torch.zeros_like(x))
@@ -62,7 +62,8 @@ def ms_ssim(
     y:Tensor, # Images whose shape broadcasts with those of `x`, such as [2,N,C,H,W] beside [N,C,H,W]
     win_size:int=5, # Side of the window in pixels: odd
     levels:int=3, # Number of scales: 1 (which is SSIM) to 5
-    data_range:float=1. # L, the range of the values
+    data_range:float=1., # L, the range of the values
+    floor:float=0. # What a scale counts at least; above 0 the others keep their gradient where one is at the floor
 ) -> Tensor: # [...]: 1 where the images are equal, at least 0; in float32 at least
     "Multi-scale structural similarity (CIM §2.3, Eq. 5; Wang et al., 2003), the mean over the channels."
     check_levels(x.shape[-2:], win_size, levels)
@@ -74,7 +75,7 @@ def ms_ssim(
             mx,my,vx,vy,cov = local_statistics(x, y, win_size)
             alike = (2*cov + C2)/(vx + vy + C2)
             if level == levels: alike = alike*(2*mx*my + C1)/(mx*mx + my*my + C1)
-            score = score*_power(alike.mean((-2,-1)), w/total)
+            score = score*_power(alike.mean((-2,-1)).clamp(min=floor), w/total)
             if level < levels: x,y = (_halve(o) for o in (x,y))
         return score.mean(-1)
 

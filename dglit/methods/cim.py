@@ -35,7 +35,7 @@ def images_of(
     if hasattr(dl.dataset, 'tensors'): return dl.create_batch(places)[0]
     return dl.after_batch(to_device(dl.create_batch([dl.do_item(i) for i in places.tolist()]), dl.device))[0].as_subclass(Tensor)
 
-# %% ../../nbs/49a_methods.cim.ipynb #2e7fb8cb
+# %% ../../nbs/49a_methods.cim.ipynb #896660f9
 VARIANTS = ('pixel','gram','feature')
 
 class CIM(InputNet):
@@ -61,7 +61,7 @@ class CIM(InputNet):
 
     def make_net(self, x): return TransformationNetwork(x.shape[1], self.width, self.depth)
 
-    def measure(self, x, y): return inner_product(x, y) if self.variant == 'gram' else ms_ssim(x, y, self.win_size, self.levels)
+    def measure(self, x, y): return inner_product(x, y) if self.variant == 'gram' else ms_ssim(x, y, self.win_size, self.levels, floor=1e-6)
 
     def change(self, x:Tensor):
         morphed = x*self.net(x).to(x.dtype)

@@ -155,7 +155,7 @@ class DomainMethod(Method):
         risks,n = domain_means(self.losses(self.pred, self.y), self.domain)
         return risks, n > 0
 
-# %% ../../nbs/40_methods.core.ipynb #851ff1af
+# %% ../../nbs/40_methods.core.ipynb #ca166851
 class NetMethod(Method):
     "A `Method` with a network `self.net` of its own, trained with the model's."
     net,memory = None,{}
@@ -173,7 +173,7 @@ class NetMethod(Method):
 
     def after_fit(self):
         super().after_fit()
-        if self.net is not None: self.leave()
+        if self.net is not None and self.opt is not None: self.leave()
 
     def join(self):
         mine,lists = list(self.net.parameters()),self.opt.param_lists
@@ -196,7 +196,7 @@ class SideNet(NetMethod, FeatureMethod):
         super().after_pred()
         self.bring_net(self.features)
 
-# %% ../../nbs/40_methods.core.ipynb #0a2ce4d9
+# %% ../../nbs/40_methods.core.ipynb #c6255bbb
 class InputNet(NetMethod):
     "A `NetMethod` whose network stands in front of the model, or of a module of it, in training and at inference."
     run_valid,handle,shape = True,None,None
@@ -209,12 +209,14 @@ class InputNet(NetMethod):
 
     def before_batch(self):
         self.undo()
-        self.handle = self.front_of().register_forward_pre_hook(self.put)
+        self.shape,self.handle = None,self.front_of().register_forward_pre_hook(self.put)
     def put(self, module, args):
         self.shape = tuple(args[0].shape[1:]) # of one example
         self.bring_net(args[0])
         return (self.change(args[0]), *args[1:])
 
+    def after_pred(self):
+        if self.shape is None: raise DglitError(f"{type(self).__name__} stands in front of a {type(self.front_of()).__name__} that took no part in the prediction: name a module of the model")
     def after_loss(self):
         if self.training: super().after_loss()
     def after_batch(self): self.undo()

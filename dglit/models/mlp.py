@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from torch import nn
 
-# %% ../../nbs/21_models.mlp.ipynb #fd85afd7
+# %% ../../nbs/21_models.mlp.ipynb #83da69ff
 class SumChannels(nn.Module):
     "The sum over the channels."
     def forward(self, x): return x.sum(1, keepdim=True)
@@ -24,14 +24,15 @@ class MLP(nn.Module):
         c_out:int=1, # Outputs: classes, or 1 for a binary label
         size:int=14, # Side of the input in pixels
         hidden:list=(256, 256), # Width of each hidden layer
-        grey:bool=False # See the sum of the channels alone?
+        grey:bool=False, # See the sum of the channels alone?
+        xavier:bool=True # Initial weights of Glorot and Bengio and zero biases, as IRM's authors have them? False: PyTorch's, which are smaller
     ):
         super().__init__()
         widths = [(1 if grey else c_in)*size*size, *hidden]
         self.body = nn.Sequential(SumChannels() if grey else nn.Identity(), nn.Flatten(), *[m for a,b in pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU(inplace=True))])
         self.head = nn.Linear(widths[-1], c_out)
         for m in self.modules():
-            if isinstance(m, nn.Linear): nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
+            if xavier and isinstance(m, nn.Linear): nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
 
     def forward(self,
         x # Images [N,c_in,size,size]
