@@ -130,7 +130,7 @@ IRM_RISKS = TABLES['irm-risks'] = Table('irm-risks', 'Where IRM fails on Colored
     Row('fp32', 'all training digits, in float32', _irm('irm', **_official, precision='fp32'), _env()),
     Row('erm-penalty', 'Plain training, with the penalty measured', _irm('irm', 256, .001, .001, weight=0.), _env())))
 
-# %% ../../nbs/61_experiments.tables.ipynb #738ad4ac
+# %% ../../nbs/61_experiments.tables.ipynb #7a4803b9
 def _cim(method, alpha=1., lr=1e-3, epochs=8, precision='bf16', **settings):
     "A training of Taghanaki et al. on painted backgrounds: their MLP; the rest is ours."
     return Spec('background_mnist', method, 'mlp', settings, dict(alpha=alpha), net=dict(hidden=[1024,512,256], xavier=False), epochs=epochs, bs=128, opt='adam', lr=lr, wd=0.,
@@ -151,10 +151,11 @@ CIM_SEARCH = TABLES['cim-search'] = Table('cim-search', 'What CIM depends on, at
     *(_found(f'cim-{t}', f'CIM, {t} alone', 'cim', weight=1., terms=t) for t in ('positive','negative')),
     _found('cim-train', 'CIM, triplets from all training data', 'cim', weight=1., sample='train'),
     *(_found(f'cim-net-{w}x{d}', f'CIM, mask network of width {w}, depth {d}', 'cim', weight=1., width=w, depth=d) for w,d in ((8,2),(32,2),(16,1),(16,3))),
+    *(_found(f'{"mask" if w == 0 else "cim"}-transposed', f'{"Mask only" if w == 0 else "CIM"}, transposed convolutions', 'cim', weight=w, transposed=True) for w in (0.,1.)),
     *(_found(f'mask-net-{w}x{d}', f'Mask only, network of width {w}, depth {d}', 'cim', weight=0., width=w, depth=d) for w,d in ((8,2),(32,2),(16,1),(16,3))),
     *(_found(f'gram-{w:g}', f'CIM_g, λ = {w:g}', 'cim', weight=w, variant='gram') for w in (.01,.1,1.)),
     *(_found(f'feature-{w:g}', f'CIM_f, λ = {w:g}', 'cim', weight=w, variant='feature') for w in (.01,.1,1.)),
-    *(_found(f'cim-vib-{b:g}', f'CIM + VIB, β = {b:g}', 'cim+vib', weight=.1, beta=b) for b in (1e-4,1e-3,1e-2))))
+    *(_found(f'cim-vib-{b:g}', f'CIM + VIB, β = {b:g}', 'cim+vib', weight=1., beta=b) for b in (1e-4,1e-3,1e-2))))
 
 # %% ../../nbs/61_experiments.tables.ipynb #818e4152
 def training(

@@ -35,7 +35,7 @@ def images_of(
     if hasattr(dl.dataset, 'tensors'): return dl.create_batch(places)[0]
     return dl.after_batch(to_device(dl.create_batch([dl.do_item(i) for i in places.tolist()]), dl.device))[0].as_subclass(Tensor)
 
-# %% ../../nbs/49a_methods.cim.ipynb #896660f9
+# %% ../../nbs/49a_methods.cim.ipynb #0a8f06f3
 VARIANTS = ('pixel','gram','feature')
 
 class CIM(InputNet):
@@ -51,15 +51,16 @@ class CIM(InputNet):
         levels:int=3, # MS-SSIM: number of scales
         width:int=16, # Channels of the transformation network
         depth:int=2, # Halvings of the transformation network
+        transposed:bool=False, # Doublings of the transformation network by transposed convolutions?
         net:nn.Module|None=None # Images [N,C,H,W] to masks [N,1,H,W]; None: a `TransformationNetwork`
     ):
         super().__init__(weight)
         for v,options,kind in ((variant, VARIANTS, 'variant'), (terms, TERMS, 'terms'), (sample, ('batch','train'), 'sample')): choose(v, options, kind)
         if sign not in (1,-1): raise DglitError(f"sign {sign!r}: needed 1 (Eq. 8 as printed) or -1")
         self.variant,self.terms,self.sign,self.sample,self.pool = variant,terms,sign,sample,None
-        self.win_size,self.levels,self.width,self.depth,self.net = win_size,levels,width,depth,net
+        self.win_size,self.levels,self.width,self.depth,self.transposed,self.net = win_size,levels,width,depth,transposed,net
 
-    def make_net(self, x): return TransformationNetwork(x.shape[1], self.width, self.depth)
+    def make_net(self, x): return TransformationNetwork(x.shape[1], self.width, self.depth, self.transposed)
 
     def measure(self, x, y): return inner_product(x, y) if self.variant == 'gram' else ms_ssim(x, y, self.win_size, self.levels, floor=1e-6)
 

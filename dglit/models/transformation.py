@@ -13,19 +13,21 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/22_models.transformation.ipynb #ceb00302
+# %% ../../nbs/22_models.transformation.ipynb #fe9913a8
 class TransformationNetwork(nn.Module):
-    "Images to masks: convolutions that halve, transposed ones that double, a sigmoid (CIM §3.1)."
+    "Images to masks: convolutions that halve, resizes with convolutions that double, a sigmoid (CIM §3.1)."
     def __init__(self,
         c_in:int=3, # Channels of the images
         width:int=16, # Channels after the first layer; each further halving doubles them
-        depth:int=2 # How often the image is halved
+        depth:int=2, # How often the image is halved
+        transposed:bool=False # Double by transposed convolutions?
     ):
         super().__init__()
         widths = [c_in, *(width*2**i for i in range(depth))]
-        down = [nn.Conv2d(a, b, 4, 2, 1) for a,b in pairwise(widths)]
-        up = [nn.ConvTranspose2d(b, a, 4, 2, 1) for a,b in pairwise([1, *widths[1:]])][::-1]
-        self.layers = nn.Sequential(*[o for layer in (*down, *up) for o in (layer, nn.ReLU(inplace=True))][:-1])
+        def double(a, b): return [nn.ConvTranspose2d(a, b, 4, 2, 1)] if transposed else [nn.Upsample(scale_factor=2, mode='bilinear'), nn.Conv2d(a, b, 3, 1, 1)]
+        down = [[nn.Conv2d(a, b, 4, 2, 1)] for a,b in pairwise(widths)]
+        up = [double(b, a) for a,b in pairwise([1, *widths[1:]])][::-1]
+        self.layers = nn.Sequential(*[o for part in (*down, *up) for o in (*part, nn.ReLU(inplace=True))][:-1])
         self.to(memory_format=torch.channels_last)
 
     def forward(self,
