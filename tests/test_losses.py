@@ -2,15 +2,19 @@
 from math import inf
 
 import pytest
+import pytorch_msssim
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dglit.core import DglitError
+from dglit.losses.bottleneck import gaussian_kl
 from dglit.losses.decov import decov
 from dglit.losses.irm import SLOPES, domain_means, irm_penalty, scale_slopes
+from dglit.losses.ms_ssim import ms_ssim
 from dglit.losses.orthogonality import double_soft_orthogonality
 from dglit.losses.rcl import l1_distances, rescale, reverse_contrastive_loss
+from dglit.losses.triplets import draw_triplets, inner_product, likeness, sample_triplets, scl_loss
 
 MARGINS = [0.2, 0.4, 0.6, 0.8, 0.9, 1., inf]
 
@@ -224,3 +228,88 @@ def test_domain_means():
     means, counts = domain_means(v, d, 6)
     assert torch.equal(counts, d.bincount(minlength=6).double()) and (means[4:] == 0).all()
     assert torch.allclose(means[:4], torch.stack([v[d == e].mean() for e in range(4)]))
+
+
+# Images that look alike, and triplets
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3), st.integers(161, 200), st.integers(161, 200), st.floats(0, 1), st.integers(0, 2**31))
+def test_ms_ssim_is_pytorch_msssims(channels, h, w, noise, seed):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(2, channels, h, w, generator=g)
+    y = (x + noise*torch.randn(x.shape, generator=g)).clamp(0, 1)
+    assert torch.allclose(ms_ssim(x, y, 11, 5), pytorch_msssim.ms_ssim(x, y, data_range=1., size_average=False), atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 3, 5, 7, 11]), st.integers(1, 5))
+def test_ms_ssim_fits_or_says_what_does(h, w, win, levels):
+    "On any size it runs, or names a number of levels, or a window, with which it does."
+    x = torch.rand(1, 1, h, w)
+    try: v = ms_ssim(x, 1-x, win, levels)
+    except DglitError as e:
+        name, _, n = str(e).partition('too small')[2].partition('can be at most ')
+        fits = dict(win_size=win, levels=int(n)) if name.endswith('levels ') else dict(win_size=int(n), levels=1)
+        assert ms_ssim(x, 1-x, **fits).isfinite()
+        with pytest.raises(DglitError): ms_ssim(x, 1-x, **(dict(fits, levels=fits['levels']+1) if name.endswith('levels ') else dict(fits, win_size=fits['win_size']+2)))
+    else: assert v.shape == (1,) and 0 <= v <= 1
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('floor', [0., 1e-6])
+@pytest.mark.parametrize('y', [torch.zeros, torch.ones, torch.rand], ids=['black', 'white', 'noise'])
+def test_ms_ssim_in_every_type(dtype, floor, y):
+    x, y = torch.zeros(4, 3, 28, 28).to(dtype).requires_grad_(), y(4, 3, 28, 28).to(dtype)
+    v = ms_ssim(x, y, floor=floor)
+    assert v.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and v.isfinite().all()
+    v.sum().backward()
+    assert x.grad.dtype == dtype and x.grad.isfinite().all()
+
+
+def test_ms_ssim_under_vmap_and_autocast():
+    x, y = torch.rand(2, 5, 3, 28, 28)
+    assert torch.allclose(torch.func.vmap(ms_ssim)(x, y), ms_ssim(x, y), atol=1e-6)
+    assert torch.func.vmap(torch.func.grad(ms_ssim))(x, y).isfinite().all()
+    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(ms_ssim(x, y), ms_ssim(x, y))
+    compiled = torch.compile(ms_ssim, fullgraph=True, backend='eager')
+    assert torch.allclose(compiled(x, y), ms_ssim(x, y), atol=1e-6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.integers(0, 2**31))
+def test_triplets(labels, seed):
+    y, g = torch.tensor(labels), torch.Generator().manual_seed(seed)
+    positive, negative, there = sample_triplets(y, g)
+    count = y.bincount()[y]
+    assert torch.equal(there, (count > 1) & (count < len(y))) and torch.equal(y[positive], y)
+    assert torch.equal(positive.sort().values, torch.arange(len(y)))                     # each is somebody's positive, once,
+    assert (positive != torch.arange(len(y)))[count > 1].all()                           # and nobody's own
+    assert (y[negative] != y)[there].all()
+    for c in y.unique():
+        used = negative[(y == c) & there].bincount(minlength=len(y))[y != c]
+        assert not len(used) or used.max() - used.min() <= 1                             # negatives take turns
+    if len(y.unique()) > 1:
+        positive, negative = draw_triplets(y, y.flip(0), g)
+        assert torch.equal(y.flip(0)[positive], y) and (y.flip(0)[negative] != y).all()
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_contrasts_in_every_type_and_without_triplets(dtype):
+    x, e = torch.rand(6, 3, 28, 28).to(dtype).requires_grad_(), torch.randn(6, 8).to(dtype).requires_grad_()
+    for there in (torch.ones(6).bool(), torch.zeros(6).bool()):
+        for value, of in ((sum(likeness(x, x.flip(0), x.flip(2), there)), x), (sum(likeness(x, x.flip(0), x, there, inner_product)), x), (scl_loss(e, e.flip(0), e*0, there), e)):
+            of.grad = None
+            value.backward()
+            assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and value.isfinite() and of.grad.isfinite().all()
+            assert there.any() or value == 0
+    mean = torch.randn(4, 3).to(dtype).requires_grad_()
+    gaussian_kl(mean, mean.exp()).backward()
+    assert mean.grad.isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_ms_ssim_and_triplets_on_cuda():
+    x, y = torch.rand(2, 64, 3, 28, 28)
+    assert torch.allclose(ms_ssim(x.cuda(), y.cuda()).cpu(), ms_ssim(x, y), atol=1e-5)
+    labels = torch.arange(64) % 5
+    for a, b in zip(sample_triplets(labels, torch.Generator().manual_seed(0)), sample_triplets(labels.cuda(), torch.Generator().manual_seed(0))): assert torch.equal(a, b.cpu())

@@ -120,7 +120,7 @@ def test_a_weight_may_be_a_schedule(few, name):
     assert finite(a) and not same(a, b)
 
 
-@pytest.mark.parametrize('name', [o for o in WEIGHTED if o != 'jigsaw']) # whose second pass batch norm counts, at any weight
+@pytest.mark.parametrize('name', [o for o in WEIGHTED if o not in ('jigsaw', 'cim', 'vib')]) # jigsaw's second pass batch norm counts, at any weight; the others stand before a layer
 def test_weight_zero_is_plain_training(few, name):
     assert same(fit(learner(few, METHODS[name](0.))), fit(learner(few, TakeDomain() if name in DOMAIN else ())))
 
@@ -133,11 +133,11 @@ def test_the_same_seed_gives_the_same_network(few, name):
 
 def test_all_together_in_any_order(few):
     "Every method at once: the order in which they are listed changes rounding alone."
-    weights = dict(rcl=.01, decov=.01, orthogonality=.1, jigsaw=.1, reconstruction=.1, spectral_decoupling=.01, irm=5., group_dro=.1)
+    weights = dict(rcl=.01, decov=.01, orthogonality=.1, jigsaw=.1, reconstruction=.1, spectral_decoupling=.01, irm=5., group_dro=.1, cim=.1, vib=1e-3, scl=.1)
     make = lambda: [METHODS[k](v) for k, v in weights.items()] + [METHODS['dropout'](.3)]
     a, b = fit(learner(few, make())), fit(learner(few, make()[::-1]))
     for p, q in zip(a.model.parameters(), b.model.parameters()): assert torch.allclose(p, q, atol=1e-4)
-    assert set(a.recorder.metric_names) == set(b.recorder.metric_names) >= {'rcl', 'de_cov', 'jigsaw', 'irm', 'group_dro'}
+    assert set(a.recorder.metric_names) == set(b.recorder.metric_names) >= {'rcl', 'de_cov', 'jigsaw', 'irm', 'group_dro', 'cim', 'plus', 'minus', 'vib', 'scl'}
 
 
 @pytest.mark.parametrize('name', NAMES)

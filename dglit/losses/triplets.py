@@ -44,13 +44,14 @@ def draw_triplets(
     u,v = torch.rand(2, len(labels), generator=order, dtype=torch.double).to(labels.device)
     return ranked[start + (u*(end-start)).long()], ranked[(end + (v*(len(s)-end+start)).long()) % len(s)]
 
-# %% ../../nbs/35_losses.triplets.ipynb #77c0703a
+# %% ../../nbs/35_losses.triplets.ipynb #149c4749
 def inner_product(
     x:Tensor, # Images [...,C,H,W]
     y:Tensor # Images whose shape broadcasts with those of `x`
 ) -> Tensor: # [...]
     "The mean product of two images, pixel by pixel (CIM Eq. 10)."
-    return (x.float()*y.float()).mean((-3,-2,-1))
+    x,y = (o.to(torch.promote_types(o.dtype, torch.float32)) for o in (x,y))
+    return (x*y).mean((-3,-2,-1))
 
 TERMS = dict(both=(1,-1), positive=(1,0), negative=(0,-1))
 
@@ -75,7 +76,7 @@ def contrast(
     a,b = choose(terms, TERMS, 'terms')
     return sign*(a*plus + b*minus)
 
-# %% ../../nbs/35_losses.triplets.ipynb #bcf78692
+# %% ../../nbs/35_losses.triplets.ipynb #b322c154
 def scl_loss(
     features:Tensor, # Of the anchors [N,D]
     positives:Tensor, # Of the positives [N,D]
@@ -83,6 +84,6 @@ def scl_loss(
     there:Tensor # Which anchors have both: bool [N]
 ) -> Tensor: # A scalar in [-4,4], in float32 at least; 0 where no anchor has both
     "Squared distance to the positive minus that to the negative, of features of length 1 (CIM Eq. 12)."
-    e,p,n = (normalize(o.to(torch.promote_types(o.dtype, torch.float32)), dim=1) for o in (features, positives, negatives))
+    e,p,n = (normalize(o.to(torch.promote_types(o.dtype, torch.float32)), dim=1, eps=1e-3) for o in (features, positives, negatives))
     each = (e-p).square().sum(1) - (e-n).square().sum(1)
     return (each*there).sum()/there.sum().clamp(min=1)
