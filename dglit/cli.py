@@ -41,7 +41,7 @@ def _settings(pairs):
         if '=' not in o: raise DglitError(f"setting {o!r}: needed NAME=VALUE, such as margin=0.9")
     return {k: value(v) for k,_,v in (o.partition('=') for o in pairs)}
 
-# %% ../nbs/90_cli.ipynb #2d6ff479
+# %% ../nbs/90_cli.ipynb #6f0f85c2
 @app.command()
 def train(
     dataset: Annotated[str, typer.Option(help='See `dglit list`.')] = 'mnist_mp',
@@ -59,8 +59,9 @@ def train(
     lr: Annotated[float, typer.Option(help='Learning rate.')] = 1e-3,
     wd: Annotated[float, typer.Option(help='Weight decay, in the gradient.')] = 1e-5,
     every: Annotated[int, typer.Option(help='Epochs from one measurement to the next.', min=1)] = 1,
+    schedule: Annotated[str, typer.Option(help='Of the learning rate: flat, or flat_cos (constant for half of the steps, then down to 0).')] = 'flat',
     precision: Annotated[str, typer.Option(help='bf16 (autocast) or fp32.')] = 'bf16',
-    selection: Annotated[str, typer.Option(help='Which epoch to keep: best-valid, early-stop@95, last.')] = 'best-valid',
+    selection: Annotated[str, typer.Option(help='Which epoch to keep: best-valid, best-balanced, early-stop@95, last.')] = 'best-valid',
     out: Annotated[str, typer.Option(help='Folder for the record and the weights; none: keep neither.')] = ''):
     "One training, described as the tables describe theirs."
     import torch
@@ -68,7 +69,7 @@ def train(
     from dglit.experiments.run import Spec, check, fit, learner_of
     from dglit.experiments.sweep import record_name, writable
     spec = Spec(dataset, method, model, _settings(set_), _settings(data), _settings(net), loss, source, seed, epochs, bs or None, opt, lr,
-                wd=wd, precision=precision, selection=selection, every=every)
+                wd=wd, precision=precision, selection=selection, every=every, schedule=schedule)
     check(spec)
     folder = writable(out) if out else None
     learn = learner_of(spec)

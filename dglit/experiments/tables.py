@@ -130,11 +130,11 @@ IRM_RISKS = TABLES['irm-risks'] = Table('irm-risks', 'Where IRM fails on Colored
     Row('fp32', 'all training digits, in float32', _irm('irm', **_official, precision='fp32'), _env()),
     Row('erm-penalty', 'Plain training, with the penalty measured', _irm('irm', 256, .001, .001, weight=0.), _env())))
 
-# %% ../../nbs/61_experiments.tables.ipynb #7a4803b9
+# %% ../../nbs/61_experiments.tables.ipynb #cfc64b58
 def _cim(method, alpha=1., lr=1e-3, epochs=8, precision='bf16', **settings):
     "A training of Taghanaki et al. on painted backgrounds: their MLP; the rest is ours."
     return Spec('background_mnist', method, 'mlp', settings, dict(alpha=alpha), net=dict(hidden=[1024,512,256], xavier=False), epochs=epochs, bs=128, opt='adam', lr=lr, wd=0.,
-                precision=precision, selection='best-balanced')
+                precision=precision, schedule='flat_cos', selection='last')
 
 def _ground(test=nan, test_std=nan): return dict(balanced=(nan, nan), test=(test, test_std))
 
