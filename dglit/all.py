@@ -2,6 +2,7 @@
 from fastai.callback.progress import ProgressCallback  # so that learn.no_bar() is there
 
 from dglit.core import DataError, DglitError, set_seed
+from dglit.data.background_mnist import *
 from dglit.data.colored_mnist import *
 from dglit.data.loaders import *
 from dglit.data.mnist import *
@@ -11,12 +12,16 @@ from dglit.experiments.causal import *
 from dglit.experiments.latent import *
 from dglit.experiments.run import Run, Spec, run
 from dglit.experiments.sweep import sweep
-from dglit.experiments.tables import IRM_COLORED_MNIST, RCL_TABLE2, TABLES, as_markdown, plot_table, read_runs, report, summarise
+from dglit.experiments.tables import CIM_BACKGROUND_MNIST, IRM_COLORED_MNIST, RCL_TABLE2, TABLES, as_markdown, plot_table, read_runs, report, summarise
 from dglit.learner import *
+from dglit.losses.bottleneck import *
 from dglit.losses.decov import *
 from dglit.losses.irm import *
+from dglit.losses.ms_ssim import *
 from dglit.losses.orthogonality import *
 from dglit.losses.rcl import *
+from dglit.losses.triplets import *
+from dglit.methods.cim import *
 from dglit.methods.core import *
 from dglit.methods.decov import *
 from dglit.methods.dropout import *
@@ -26,6 +31,9 @@ from dglit.methods.orthogonality import *
 from dglit.methods.rcl import *
 from dglit.methods.reconstruction import *
 from dglit.methods.rsc import *
+from dglit.methods.scl import *
 from dglit.methods.spectral_decoupling import *
+from dglit.methods.vib import *
 from dglit.models.convnet import *
 from dglit.models.mlp import *
+from dglit.models.transformation import *

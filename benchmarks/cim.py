@@ -1,0 +1,51 @@
+"""Milliseconds of a training step on painted backgrounds: plain training, VIB, SCL, CIM and its variants, on the same network, batch and
+precision, in turn. Prints the median of each and of its ratio to plain training's.
+Usage: python benchmarks/cim.py [fp32|bf16 [steps [rounds]]]"""
+import statistics, sys, time
+from dataclasses import replace
+
+import torch
+from fastai.callback.core import Callback, CancelFitException
+
+from dglit.core import keep_memory
+from dglit.data.mnist import load_mnist
+from dglit.experiments.run import learner_of
+from dglit.experiments.tables import CIM_BACKGROUND_MNIST
+
+SPEC = CIM_BACKGROUND_MNIST.row('erm-1').spec
+CONTENDERS = {'plain training': ('erm', {}), 'VIB': ('vib', {}), 'SCL, triplets from the batch': ('scl', {}), 'SCL, all three encoded': ('scl', dict(sample='train')),
+              'mask only': ('cim', dict(weight=0.)), 'CIM_g': ('cim', dict(variant='gram')), 'CIM': ('cim', {}), 'CIM, triplets from all data': ('cim', dict(sample='train')),
+              'CIM_f': ('cim', dict(variant='feature')), 'CIM + VIB': ('cim+vib', {})}
+
+
+class Steps(Callback):
+    "Times the steps after the first ten, and ends."
+    order = 100
+
+    def __init__(self, steps): self.steps = steps
+
+    def before_batch(self):
+        if not self.training: return
+        if self.dls.device.type == 'cuda': torch.cuda.synchronize()
+        if self.iter == 10: self.start = time.perf_counter()
+        if self.iter == 10 + self.steps:
+            self.seconds = (time.perf_counter() - self.start)/self.steps
+            raise CancelFitException
+
+
+def main():
+    precision, steps, rounds = (sys.argv[1:] + ['fp32', '40', '5'][len(sys.argv)-1:])[:3]
+    keep_memory()
+    digits = load_mnist()
+    learners = {k: learner_of(replace(SPEC, method=m, settings=s, precision=precision), digits) for k, (m, s) in CONTENDERS.items()}
+    times = {k: [] for k in learners}
+    for _ in range(int(rounds)):
+        for k, learn in learners.items():
+            with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=(clock := Steps(int(steps))))
+            times[k].append(clock.seconds)
+    plain = times['plain training']
+    for k, v in times.items(): print(f'{k:30} {1000*statistics.median(v):7.1f} ms   {statistics.median(a/b for a, b in zip(v, plain)):.2f} times plain training')
+    print(f'{precision}, batches of {SPEC.bs}, {learners["CIM"].dls.device}, {torch.get_num_threads()} threads')
+
+
+if __name__ == '__main__': main()
