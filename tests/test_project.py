@@ -31,7 +31,7 @@ def test_export_is_current(tmp_path):
 
 
 FLOORS = ['core', 'data', 'models', 'losses', 'methods', 'learner', 'experiments', 'cli']
-MAY = dict(core=[], data=['core'], models=['core'], losses=['core'], methods=['core','losses'], learner=['core','data','models','methods'],
+MAY = dict(core=[], data=['core'], models=['core'], losses=['core'], methods=['core','models','losses'], learner=['core','data','models','methods'],
            experiments=['core','data','models','methods','learner'], cli=['core','experiments'])
 
 

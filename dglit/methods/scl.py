@@ -7,16 +7,15 @@ Docs: https://dglit.github.io/dglit/methods.scl.html.md"""
 # %% auto #0
 __all__ = ['SCL']
 
-# %% ../../nbs/49c_methods.scl.ipynb #395d75dc
-import torch
-from torch import Tensor, nn
+# %% ../../nbs/49c_methods.scl.ipynb #2f10a0ab
+from torch import nn
 
 from ..core import choose
-from ..losses.triplets import draw_triplets, sample_triplets, scl_loss
-from .cim import images_of, labels_of
-from .core import FeatureMethod, hook_input, last_layer, step_generator
+from ..losses.triplets import scl_loss
+from .cim import SAMPLES, triplets_of
+from .core import FeatureMethod, hook_input, last_layer
 
-# %% ../../nbs/49c_methods.scl.ipynb #8988cc09
+# %% ../../nbs/49c_methods.scl.ipynb #ac72652d
 class SCL(FeatureMethod):
     "Supervised contrastive learning beside the classifier (CIM Eq. 12, after Khosla et al., 2020)."
     pool = None
@@ -26,18 +25,10 @@ class SCL(FeatureMethod):
         module:nn.Module|None=None # Module whose input are the features [N,D]; None: the model's last linear layer
     ):
         super().__init__(weight, module)
-        self.sample = choose(sample, ('batch','train'), 'sample')
+        self.sample = choose(sample, SAMPLES, 'sample')
 
     def make_hook(self): return hook_input(self.module or last_layer(self.model))
-
-    def term(self):
-        y,e = self.y.as_subclass(Tensor),self.features
-        if self.sample == 'batch':
-            positive,negative,there = sample_triplets(y, step_generator(self))
-            return scl_loss(e, e[positive], e[negative], there)
-        if self.pool is None: self.pool = labels_of(self.dl).to(y.device)
-        return scl_loss(e, *(self.encode(images_of(self.dl, o)) for o in draw_triplets(y, self.pool, step_generator(self))), torch.ones_like(y, dtype=torch.bool))
-
+    def term(self): return scl_loss(self.features, *triplets_of(self, self.features, self.encode))
     def encode(self, x):
         self.model(x)
         return self.hook.stored
