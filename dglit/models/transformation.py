@@ -13,9 +13,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/22_models.transformation.ipynb #fe9913a8
+# %% ../../nbs/22_models.transformation.ipynb #cf659390
 class TransformationNetwork(nn.Module):
-    "Images to masks: convolutions that halve, resizes with convolutions that double, a sigmoid (CIM §3.1)."
+    "Images to masks: convolutions that halve, convolutions with resizes that double, a sigmoid (CIM §3.1)."
     def __init__(self,
         c_in:int=3, # Channels of the images
         width:int=16, # Channels after the first layer; each further halving doubles them
@@ -24,7 +24,7 @@ class TransformationNetwork(nn.Module):
     ):
         super().__init__()
         widths = [c_in, *(width*2**i for i in range(depth))]
-        def double(a, b): return [nn.ConvTranspose2d(a, b, 4, 2, 1)] if transposed else [nn.Upsample(scale_factor=2, mode='bilinear'), nn.Conv2d(a, b, 3, 1, 1)]
+        def double(a, b): return [nn.ConvTranspose2d(a, b, 4, 2, 1)] if transposed else [nn.Conv2d(a, b, 3, 1, 1), nn.Upsample(scale_factor=2, mode='bilinear')]
         down = [[nn.Conv2d(a, b, 4, 2, 1)] for a,b in pairwise(widths)]
         up = [double(b, a) for a,b in pairwise([1, *widths[1:]])][::-1]
         self.layers = nn.Sequential(*[o for part in (*down, *up) for o in (*part, nn.ReLU(inplace=True))][:-1])
