@@ -17,14 +17,14 @@ import typer
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help='dglit: the domain-generalization literature as a book that runs.')
 
-# %% ../nbs/90_cli.ipynb #3d186a70
+# %% ../nbs/90_cli.ipynb #6b382be3
 @app.command()
 def demo(
     out: Annotated[str, typer.Option(help='Folder for the figure and the records.')] = 'dglit-demo',
     seeds: Annotated[int, typer.Option(help='Trainings of each kind.', min=1)] = 3):
-    "Plain training against RCL and IRM on bundled digits: offline, under two minutes."
+    "Plain training against RCL, IRM and CIM on bundled digits: offline, under two minutes."
     from dglit.experiments.demo import demo
-    print('Digits whose colours tell the class in training; at test time the colours are gone (MNIST-MP) or mislead (Colored MNIST).')
+    print('Digits whose colours tell the class in training; at test time the colours are gone (MNIST-MP) or mislead (Colored MNIST, painted backgrounds).')
     print(f'\nAccuracy in percent, mean ± standard deviation over {seeds} seeds:\n\n{demo(out, seeds).to_string()}\n')
     print(f'Settings are the demo\'s, not the paper\'s. Figure: {out}/demo.png   Records: {out}/demo.jsonl')
 

@@ -1,4 +1,4 @@
-"""Why plain training fails, and two losses that do not, in a minute or two.
+"""Why plain training fails, and three methods that do not, in a minute or two.
 
 Docs: https://dglit.github.io/dglit/experiments.demo.html.md"""
 
@@ -23,14 +23,17 @@ from .latent import latent_points, plot_latent
 from .run import Spec, fit, learner_of
 from .sweep import writable
 
-# %% ../../nbs/64_experiments.demo.ipynb #9dcf5457
+# %% ../../nbs/64_experiments.demo.ipynb #32081a36
 _short = dict(source='digits', bs=16, epochs=7, data=dict(size=28), precision='fp32')
 _coins = Spec('colored_mnist', model='mlp', net=dict(hidden=[64,64]), loss='binary_cross_entropy', source='digits', data=dict(copies=10), epochs=301, bs=None,
               opt='adam', lr=3e-3, wd=2e-3, precision='fp32', selection='last', every=50)
+_ground = Spec('background_mnist', model='mlp', net=dict(hidden=[128,64], xavier=False), source='digits', data=dict(alpha=20.), epochs=12, bs=32, opt='adam', lr=1e-3, wd=0.,
+               precision='fp32', schedule='flat_cos', selection='last', every=5)
 DEMO = {'MNIST-MP, plain training': Spec(**_short), 'MNIST-MP, RCL': Spec(method='rcl', **_short), 'Colored MNIST, plain training': _coins,
-        'Colored MNIST, IRM': replace(_coins, method='irm', settings=dict(weight=1e5, anneal_steps=100, l2=1e-3), wd=0.)}
+        'Colored MNIST, IRM': replace(_coins, method='irm', settings=dict(weight=1e5, anneal_steps=100, l2=1e-3), wd=0.),
+        'Painted backgrounds, plain training': _ground, 'Painted backgrounds, CIM': replace(_ground, method='cim', settings=dict(weight=.1, width=8))}
 
-# %% ../../nbs/64_experiments.demo.ipynb #0de4a6ae
+# %% ../../nbs/64_experiments.demo.ipynb #48fd4431
 def _bars(ax, runs, domains, labels, names):
     "Mean and standard deviation of the runs' accuracies in two domains."
     table = pd.DataFrame([dict(method=n, domain=d, accuracy=r.metrics.get(d, nan)) for n,rs in zip(names, runs) for r in rs for d in domains])
@@ -42,14 +45,24 @@ def _strip(ax, images, label):
     ax.imshow(images.permute(1,2,0).cpu())
     ax.set(xticks=[], yticks=[]); ax.set_ylabel(label, rotation=0, ha='right', va='center')
 
+def _masks(fig, learn, plain, cim):
+    "Test digits, what CIM's mask leaves of them, and accuracies."
+    grid = fig.add_gridspec(3, 3)
+    x,y = learn.dls.tests['test'].dataset.tensors[:2]
+    x = torch.cat([x[y == c][:6] for c in (0,1)])/255
+    with torch.no_grad(): m = learn.cim.net(x)
+    m = m/m.amax((1,2,3), keepdim=True)
+    for i,(images,label) in enumerate(((x,'test'), (m.expand_as(x),'mask'), (m*x,'morphed'))): _strip(fig.add_subplot(grid[i,:2]), torch.cat([*images], 2), label)
+    _bars(fig.add_subplot(grid[:,2]), (plain,cim), ['valid','test'], ['as in training','test'], ['plain','CIM'])
+
 def demo_figure(
     runs:dict, # Name, as in `DEMO` -> its runs
     learners:dict # Name -> a trained Learner
 ):
     "Samples, accuracies and latent spaces in one figure."
-    (erm,rcl,coins,irm),nets = runs.values(),list(learners.values())
-    fig = plt.figure(figsize=(10, 8), layout='constrained')
-    above,below = fig.subfigures(2, 1, height_ratios=[5.2,2.6])
+    (erm,rcl,coins,irm,plain,cim),nets = runs.values(),list(learners.values())
+    fig = plt.figure(figsize=(10, 10.6), layout='constrained')
+    above,below,last = fig.subfigures(3, 1, height_ratios=[5.2,2.6,2.6])
     grid = above.add_gridspec(4, 3, height_ratios=[1,1,2,2])
     for i,(dl,label) in enumerate(((nets[0].dls.train,'training'), (nets[0].dls.tests['grey'],'test'))):
         x,y = dl.dataset.tensors[:2]
@@ -64,15 +77,16 @@ def demo_figure(
     ax = below.add_subplot(grid[:,2])
     _bars(ax, (coins,irm), ['valid','test'], ['as in training','test'], ['plain','IRM'])
     for y in (50, 75): ax.axhline(y, color='k', ls='--', lw=.8)
+    _masks(last, nets[5], plain, cim)
     return fig
 
-# %% ../../nbs/64_experiments.demo.ipynb #fe597b4c
+# %% ../../nbs/64_experiments.demo.ipynb #615bcb4b
 def demo_table(
     runs:dict # Name -> its runs
 ) -> pd.DataFrame: # A line for each name, in percent
     "Mean and standard deviation over the seeds of each method's accuracies."
     pm = lambda x: f'{x.mean():.1f}' + (f' ± {x.std():.1f}' if len(x) > 1 else '')
-    lines = {k: [list(r.metrics.values())[:2] or [nan, nan] for r in rs] for k,rs in runs.items()}
+    lines = {k: [[*r.metrics.values()][::max(len(r.metrics)-1, 1)] or [nan, nan] for r in rs] for k,rs in runs.items()}
     return pd.DataFrame({k: [pm(pd.Series(o)) for o in zip(*v)] for k,v in lines.items()}, index=['as in training','at test']).T
 
 def demo(

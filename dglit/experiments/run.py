@@ -8,7 +8,7 @@ Docs: https://dglit.github.io/dglit/experiments.run.html.md"""
 __all__ = ['SOURCES', 'DATASETS', 'MODELS', 'METHODS', 'LOSSES', 'OPTIMIZERS', 'SCHEDULES', 'Spec', 'settings_of',
            'settings_of_methods', 'check', 'methods_of', 'learner_of', 'Run', 'fit', 'run', 'run_or_record']
 
-# %% ../../nbs/60_experiments.run.ipynb #850276e9
+# %% ../../nbs/60_experiments.run.ipynb #d93a7789
 import json, math, platform, time, traceback
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -33,6 +33,7 @@ from ..data.mnist import Digits, load_digits, load_mnist
 from ..data.mnist_mp import mnist_mp, mnist_plain, mnist_up
 from ..learner import BFloat16, domain_learner, select_epoch
 from ..methods.cim import CIM
+from ..methods.core import InputNet
 from ..methods.decov import DeCov
 from ..methods.dropout import ChannelDropout
 from ..methods.irm import IRM, GroupDRO, VREx
@@ -134,7 +135,7 @@ def methods_of(spec:Spec) -> list: # Callbacks
         given[m][p.name] = v
     return [METHODS[m](**kwargs) for m,kwargs in given.items()]
 
-# %% ../../nbs/60_experiments.run.ipynb #3ce5bd36
+# %% ../../nbs/60_experiments.run.ipynb #238ed84f
 def learner_of(
     spec:Spec, # What to train
     digits:Digits|None=None # The source's digits, if they are loaded already
@@ -148,8 +149,12 @@ def learner_of(
     model = MODELS[spec.model](x.shape[1], 1 if spec.loss == 'binary_cross_entropy' else dls.c, x.shape[-1], **spec.net)
     opt = OPTIMIZERS[spec.opt] if spec.opt != 'sgd' else partial(OPTIMIZERS['sgd'], momentum=spec.momentum)
     precision = [BFloat16()] if spec.precision == 'bf16' else []
-    return domain_learner(dls, model, methods_of(spec), spec.selection, LOSSES[spec.loss](), cbs=[TerminateOnNaNCallback(), *precision], every=spec.every,
-                          opt_func=opt, lr=spec.lr, wd=spec.wd)
+    learn = domain_learner(dls, model, methods_of(spec), spec.selection, LOSSES[spec.loss](), cbs=[TerminateOnNaNCallback(), *precision], every=spec.every,
+                           opt_func=opt, lr=spec.lr, wd=spec.wd)
+    for cb in learn.cbs: # initial weights now: later, runs in threads would draw them from one generator
+        if isinstance(cb, InputNet):
+            with torch.random.fork_rng(devices=[]): cb.net = cb.make_net(x)
+    return learn
 
 # %% ../../nbs/60_experiments.run.ipynb #35c40e33
 @dataclass(frozen=True)
