@@ -41,7 +41,7 @@ def _settings(pairs):
         if '=' not in o: raise DglitError(f"setting {o!r}: needed NAME=VALUE, such as margin=0.9")
     return {k: value(v) for k,_,v in (o.partition('=') for o in pairs)}
 
-# %% ../nbs/90_cli.ipynb #6f0f85c2
+# %% ../nbs/90_cli.ipynb #2b79cf3e
 @app.command()
 def train(
     dataset: Annotated[str, typer.Option(help='See `dglit list`.')] = 'mnist_mp',
@@ -64,10 +64,10 @@ def train(
     selection: Annotated[str, typer.Option(help='Which epoch to keep: best-valid, best-balanced, early-stop@95, last.')] = 'best-valid',
     out: Annotated[str, typer.Option(help='Folder for the record and the weights; none: keep neither.')] = ''):
     "One training, described as the tables describe theirs."
-    import torch
     from dglit.core import write_whole
     from dglit.experiments.run import Spec, check, fit, learner_of
     from dglit.experiments.sweep import record_name, writable
+    from dglit.learner import save_trained
     spec = Spec(dataset, method, model, _settings(set_), _settings(data), _settings(net), loss, source, seed, epochs, bs or None, opt, lr,
                 wd=wd, precision=precision, selection=selection, every=every, schedule=schedule)
     check(spec)
@@ -78,8 +78,7 @@ def train(
     print(f'\n{selection} selects epoch {r.curve[r.selected]["epoch"]}: {show(r.metrics)}' if r.metrics else '\ndiverged: the loss is no longer a number')
     if folder:
         record = write_whole(folder/record_name(spec), r.to_json() + '\n')
-        torch.save(learn.model.state_dict(), record.with_suffix('.pt'))
-        print(f'Record: {record}   Weights: {record.with_suffix(".pt")}')
+        print(f'Record: {record}   Weights: {save_trained(learn, record.with_suffix(""))/"weights.pt"}')
 
 # %% ../nbs/90_cli.ipynb #e40f9d32
 @app.command()

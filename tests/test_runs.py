@@ -16,7 +16,7 @@ from dglit.data.mnist_mp import mnist_mp
 from dglit.experiments.run import Run, Spec, fit, learner_of, run
 from dglit.experiments.sweep import record_name, sweep
 from dglit.experiments.tables import TABLES, specs_of
-from dglit.learner import domain_learner, evaluate
+from dglit.learner import domain_learner, evaluate, load_trained
 from dglit.methods.rcl import RCL
 from dglit.models.convnet import ConvNet
 
@@ -203,8 +203,11 @@ def test_reproduce_then_report(tmp_path):
 
 
 def test_train_saves_what_loads(tmp_path):
-    r = dglit('train', '--source', 'digits', '--epochs', '1', '--bs', '256', '--precision', 'fp32', '--method', 'rcl', '--set', 'margin=0.9', '--out', str(tmp_path))
+    r = dglit('train', '--dataset', 'background_mnist', '--model', 'mlp', '--net', 'hidden=16,8', '--source', 'digits', '--epochs', '1', '--bs', '256', '--precision', 'fp32',
+              '--method', 'cim+vib', '--set', 'win_size=3', '--schedule', 'flat_cos', '--out', str(tmp_path))
     assert r.returncode == 0 and 'best-valid selects epoch 0' in r.stdout, r.stderr
-    weights, = tmp_path.glob('*.pt')
-    ConvNet().load_state_dict(torch.load(weights, weights_only=True))
-    assert Run.from_json(weights.with_suffix('.json').read_text()).spec.settings == dict(margin=.9)
+    record, = tmp_path.glob('*.json')
+    run = Run.from_json(record.read_text())
+    assert run.spec.settings == dict(win_size=3) and run.spec.schedule == 'flat_cos'
+    learn = load_trained(learner_of(run.spec), record.with_suffix(''))
+    assert evaluate(learn).accuracy[list(run.metrics)].round(2).to_dict() == {k: round(v, 2) for k, v in run.metrics.items()}

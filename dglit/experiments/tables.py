@@ -157,10 +157,10 @@ CIM_SEARCH = TABLES['cim-search'] = Table('cim-search', 'What CIM depends on, at
     *(_found(f'feature-{w:g}', f'CIM_f, λ = {w:g}', 'cim', weight=w, variant='feature') for w in (.01,.1,1.)),
     *(_found(f'cim-vib-{b:g}', f'CIM + VIB, β = {b:g}', 'cim+vib', weight=1., beta=b) for b in (1e-4,1e-3,1e-2))))
 
-# %% ../../nbs/61_experiments.tables.ipynb #cc060ad9
+# %% ../../nbs/61_experiments.tables.ipynb #f98c55fa
 _CHOSEN = dict(erm=('Plain training', 'erm', {}), vib=('VIB', 'vib', dict(beta=1e-3)), scl=('SCL', 'scl', dict(weight=1.)), mask=('Mask only (λ = 0)', 'cim', dict(weight=0.)),
                cim=('CIM', 'cim', dict(weight=1.)), gram=('CIM_g', 'cim', dict(weight=1., variant='gram')), feature=('CIM_f', 'cim', dict(weight=1., variant='feature')),
-               both=('CIM + VIB', 'cim+vib', dict(weight=1., beta=1e-3)))
+               both=('CIM + VIB', 'cim+vib', dict(weight=1., beta=1e-4)))
 _TABLE4 = dict(erm=54.87, vib=56.82, cim=65.27, both=65.83)
 CIM_BACKGROUND_MNIST = TABLES['cim-background-mnist'] = Table('cim-background-mnist', 'CIM on painted backgrounds', 'Taghanaki et al., Table 4, 3 runs', tuple(
     Row(f'{k}-{alpha:g}', f'α = {alpha:g}: {label}', _cim(m, alpha=alpha, **s), _ground(_TABLE4.get(k, nan) if alpha == 1 else nan))
