@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
+from dglit.data.background_mnist import background_mnist
 from dglit.data.colored_mnist import colored_mnist
 from dglit.data.loaders import data_hash
 from dglit.data.mnist import load_mnist
@@ -14,6 +15,7 @@ from dglit.experiments.run import Spec, check, run
 from dglit.experiments.tables import TABLES, accuracies, read_runs, summarise, training
 from dglit.learner import select_epoch
 
+DRAWN = ('colored_mnist', 'background_mnist')  # each seed draws data of its own
 RESULTS = Path(__file__).parent.parent/'nbs'/'results'
 RUNS = {t: read_runs(RESULTS/f'{t}.jsonl') for t in TABLES}
 ALL = [r for runs in RUNS.values() for r in runs]
@@ -34,9 +36,9 @@ def test_no_run_is_counted_twice():
 
 
 def test_runs_saw_the_same_data():
-    "One fingerprint for each dataset and setting, over all seeds and methods; on Colored MNIST for each seed, which flips coins of its own."
+    "One fingerprint for each dataset and setting, over all seeds and methods; for each seed where seeds draw data of their own."
     seen = {}
-    for r in ALL: seen.setdefault((r.spec.dataset, repr(r.spec.data), r.spec.seed if r.spec.dataset == 'colored_mnist' else 0), set()).add(r.data_hash)
+    for r in ALL: seen.setdefault((r.spec.dataset, repr(r.spec.data), r.spec.seed if r.spec.dataset in DRAWN else 0), set()).add(r.data_hash)
     assert all(len(o) == 1 for o in seen.values()) and len({next(iter(o)) for o in seen.values()}) == len(seen)
 
 
@@ -47,8 +49,9 @@ def mnist():
 
 @pytest.mark.skipif(mnist() is None, reason='needs MNIST on disk: set DGLIT_DATA')
 def test_fingerprints_are_those_of_the_data():
-    for dataset, make in dict(mnist_mp=mnist_mp, mnist_plain=mnist_plain, colored_mnist=colored_mnist).items():
-        assert {r.data_hash for r in ALL if r.spec.dataset == dataset and not r.spec.data and (dataset != 'colored_mnist' or r.spec.seed == 0)} == {data_hash(make(mnist()))}
+    for dataset, make in dict(mnist_mp=mnist_mp, mnist_plain=mnist_plain, colored_mnist=colored_mnist, background_mnist=background_mnist).items():
+        own = [r for r in ALL if r.spec.dataset == dataset and r.spec.data in ({}, dict(alpha=1.)) and (dataset not in DRAWN or r.spec.seed == 0)]
+        assert {r.data_hash for r in own} == {data_hash(make(mnist()))}
 
 
 @pytest.mark.skipif(mnist() is None, reason='needs MNIST on disk: set DGLIT_DATA')
