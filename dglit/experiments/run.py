@@ -135,7 +135,7 @@ def methods_of(spec:Spec) -> list: # Callbacks
         given[m][p.name] = v
     return [METHODS[m](**kwargs) for m,kwargs in given.items()]
 
-# %% ../../nbs/60_experiments.run.ipynb #238ed84f
+# %% ../../nbs/60_experiments.run.ipynb #198a5fc8
 def learner_of(
     spec:Spec, # What to train
     digits:Digits|None=None # The source's digits, if they are loaded already
@@ -151,6 +151,7 @@ def learner_of(
     precision = [BFloat16()] if spec.precision == 'bf16' else []
     learn = domain_learner(dls, model, methods_of(spec), spec.selection, LOSSES[spec.loss](), cbs=[TerminateOnNaNCallback(), *precision], every=spec.every,
                            opt_func=opt, lr=spec.lr, wd=spec.wd)
+    learn.seed = spec.seed
     for cb in learn.cbs: # initial weights now: later, runs in threads would draw them from one generator
         if isinstance(cb, InputNet):
             with torch.random.fork_rng(devices=[]): cb.net = cb.make_net(x)

@@ -15,15 +15,16 @@ from torch.nn.functional import normalize
 from ..core import choose
 from .ms_ssim import ms_ssim
 
-# %% ../../nbs/35_losses.triplets.ipynb #6e634de5
+# %% ../../nbs/35_losses.triplets.ipynb #e5660c6b
 def sample_triplets(
     labels:Tensor, # Classes [N], whole numbers
     order:torch.Generator # Of the draw
 ) -> tuple: # (place of each one's positive [N], of its negative [N], whether it has both: bool [N])
     "For each example of a batch another of its class, and one of another class (CIM §3.1)."
     n,dev = len(labels),labels.device
-    shuffle,turn = torch.rand(n+1, generator=order, dtype=torch.double).to(dev).split([n,1])
-    ranked = (labels + shuffle).argsort()
+    shuffled = torch.randperm(n, generator=order).to(dev)
+    ranked = shuffled[labels[shuffled].argsort(stable=True)]
+    turn = torch.rand(1, generator=order).to(dev)
     s,i = labels[ranked],torch.arange(n, device=dev)
     start,end = torch.searchsorted(s, s),torch.searchsorted(s, s, right=True)
     size = end - start
@@ -32,17 +33,19 @@ def sample_triplets(
     back = ranked.argsort()
     return ranked[positive][back], ranked[negative][back], ((size > 1) & (size < n))[back]
 
-# %% ../../nbs/35_losses.triplets.ipynb #6d7a19c2
+# %% ../../nbs/35_losses.triplets.ipynb #95bb1c3b
 def draw_triplets(
     labels:Tensor, # Classes of the anchors [N]
-    pool:Tensor, # Classes of the training data [M], with at least one of each anchor's and one of another
+    pool:Tensor, # Classes of the training data [M]
     order:torch.Generator # Of the draw
-) -> tuple: # (places in the pool of the positives [N], of the negatives [N])
+) -> tuple: # (place in the pool of each one's positive [N], of its negative [N], whether the pool has both: bool [N])
     "For each anchor an example of its class, and one of another, from the training data."
     s,ranked = pool.sort()
-    start,end = torch.searchsorted(s, labels),torch.searchsorted(s, labels, right=True)
-    u,v = torch.rand(2, len(labels), generator=order, dtype=torch.double).to(labels.device)
-    return ranked[start + (u*(end-start)).long()], ranked[(end + (v*(len(s)-end+start)).long()) % len(s)]
+    start,end,n = torch.searchsorted(s, labels),torch.searchsorted(s, labels, right=True),len(s)
+    u,v = torch.rand(2, len(labels), generator=order).to(labels.device)
+    def one_of(k, u): return (u*k).long().clamp(max=k-1).clamp(min=0) # u*k may round up to k
+    positive,negative = start + one_of(end-start, u), end + one_of(n-end+start, v)
+    return ranked[positive % n], ranked[negative % n], (end > start) & (end-start < n)
 
 # %% ../../nbs/35_losses.triplets.ipynb #149c4749
 def inner_product(

@@ -36,7 +36,7 @@ def images_of(
     if hasattr(dl.dataset, 'tensors'): return dl.create_batch(places)[0]
     return dl.after_batch(to_device(dl.create_batch([dl.do_item(i) for i in places.tolist()]), dl.device))[0].as_subclass(Tensor)
 
-# %% ../../nbs/49a_methods.cim.ipynb #1d62571a
+# %% ../../nbs/49a_methods.cim.ipynb #51b56960
 SAMPLES = ('batch','train')
 
 def triplets_of(
@@ -50,9 +50,10 @@ def triplets_of(
         positive,negative,there = sample_triplets(y, order)
         return here[positive], here[negative], there
     if cb.pool is None: cb.pool = labels_of(cb.dl).to(y.device)
-    return *(elsewhere(images_of(cb.dl, o)) for o in draw_triplets(y, cb.pool, order)), torch.ones_like(y, dtype=torch.bool)
+    positive,negative,there = draw_triplets(y, cb.pool, order)
+    return *(elsewhere(images_of(cb.dl, o)) for o in (positive, negative)), there
 
-# %% ../../nbs/49a_methods.cim.ipynb #4ee5e61d
+# %% ../../nbs/49a_methods.cim.ipynb #399c8c7c
 VARIANTS = ('pixel','gram','feature')
 
 class CIM(InputNet):
@@ -77,7 +78,7 @@ class CIM(InputNet):
         store_attr('variant,terms,sign,sample,win_size,levels,width,depth,transposed,net')
 
     def make_net(self, x): return TransformationNetwork(x.shape[1], self.width, self.depth, self.transposed)
-    def measure(self, x, y): return inner_product(x, y) if self.variant == 'gram' else ms_ssim(x, y, self.win_size, self.levels, floor=1e-6)
+    def measure(self, x, y): return inner_product(x, y) if self.variant == 'gram' else ms_ssim(x, y, self.win_size, self.levels, floor=.01)
     def morph(self, x:Tensor): return x*self.net(x).to(x.dtype)
 
     def before_batch(self):
@@ -90,7 +91,8 @@ class CIM(InputNet):
         return morphed
 
     def term(self):
-        x,(low,high) = self.x.as_subclass(Tensor),self.x.as_subclass(Tensor).aminmax()
+        x = self.x.as_subclass(Tensor)
+        low,high = x.min().clamp(max=0), x.max()
         with torch.set_grad_enabled(self.weight_now() != 0): # of the mask alone it is measured, and costs half
             positives,negatives,there = triplets_of(self, self.morphed, self.morph) if self.variant == 'feature' else triplets_of(self, x)
             scaled = ((o - low)/(high - low).clamp(min=1e-6) for o in (self.morphed, positives, negatives))

@@ -253,9 +253,9 @@ class FeatureEdit(Callback):
         if self.handle: self.handle.remove()
         self.handle = None
 
-# %% ../../nbs/40_methods.core.ipynb #6f6c0e0c
+# %% ../../nbs/40_methods.core.ipynb #e515f7f0
 def step_generator(
     cb:Callback # A method, in training
 ) -> torch.Generator: # On the CPU, so that every device sees the same numbers
     "The generator of a callback's random numbers at this iteration."
-    return generator(torch.initial_seed(), cb.name, cb.epoch, cb.iter)
+    return generator(getattr(cb.learn, 'seed', torch.initial_seed()), cb.name, cb.epoch, cb.iter)

@@ -15,7 +15,7 @@ from ..core import DglitError
 from ..losses.bottleneck import gaussian_kl
 from .core import InputNet, last_layer, step_generator
 
-# %% ../../nbs/49b_methods.vib.ipynb #5fd3f021
+# %% ../../nbs/49b_methods.vib.ipynb #a1a28e6e
 class VIB(InputNet):
     "Variational information bottleneck on the last features (Alemi et al., 2016; CIM Eq. 11, setting (c))."
     def __init__(self,
@@ -37,9 +37,9 @@ class VIB(InputNet):
 
     def change(self, h:Tensor):
         mean,scale = self.net(h).float().chunk(2, -1)
-        scale = nn.functional.softplus(scale - 5)
+        scale = nn.functional.softplus(scale - 5) + 1e-6 # never 0, whose logarithm is none
         if self.posterior is None: self.posterior = mean,scale
-        if not self.training: return mean
-        return mean + scale*torch.randn(scale.shape, generator=step_generator(self)).to(scale)
+        if not self.training: return mean.to(h.dtype)
+        return (mean + scale*torch.randn(scale.shape, generator=step_generator(self)).to(scale)).to(h.dtype)
 
     def term(self): return gaussian_kl(*self.posterior)

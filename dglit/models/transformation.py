@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/22_models.transformation.ipynb #cf659390
+# %% ../../nbs/22_models.transformation.ipynb #0356e3e8
 class TransformationNetwork(nn.Module):
     "Images to masks: convolutions that halve, convolutions with resizes that double, a sigmoid (CIM §3.1)."
     def __init__(self,
@@ -28,6 +28,8 @@ class TransformationNetwork(nn.Module):
         down = [[nn.Conv2d(a, b, 4, 2, 1)] for a,b in pairwise(widths)]
         up = [double(b, a) for a,b in pairwise([1, *widths[1:]])][::-1]
         self.layers = nn.Sequential(*[o for part in (*down, *up) for o in (*part, nn.ReLU(inplace=True))][:-1])
+        for m in self.modules():
+            if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)): nn.init.kaiming_normal_(m.weight, nonlinearity='relu'); nn.init.zeros_(m.bias)
         self.to(memory_format=torch.channels_last)
 
     def forward(self,
