@@ -27,7 +27,7 @@ from torch import Tensor
 from .core import DglitError, choose, write_whole
 from .methods.core import InputNet, TakeDomain
 
-# %% ../nbs/50_learner.ipynb #a8387683
+# %% ../nbs/50_learner.ipynb #0cfb22fe
 def _best(curve, domain='valid'):
     if domain not in curve[0]: raise DglitError(f"selection by {domain!r}: there is {', '.join(curve[0])}; the data must have a domain of that name")
     return max(range(len(curve)), key=lambda e: curve[e][domain])
@@ -39,7 +39,7 @@ def select_epoch(
     curve:list, # A dict for each epoch; 'valid' is the validation accuracy in percent
     selection:str='best-valid' # 'best-valid' or 'best-balanced' (the first of equals), 'early-stop@95' (first epoch at 95% or more, else the last), 'last'
 ) -> int: # The selected epoch, counted from 0
-    "The epoch that a selection rule picks from a training curve. No rule looks at a test domain."
+    "The epoch that a selection rule picks from a training curve. No rule looks at a test domain; `balanced` is validation data."
     rule,_,at = selection.partition('@')
     rule = choose(rule, {'best-valid': _best, 'best-balanced': _best_balanced, 'early-stop': _early_stop, 'last': _last}, 'selection')
     if not at: return rule(curve)
@@ -70,12 +70,14 @@ def _answers(learn, dl, inner=False):
 
 def _percent(right): return round(100*right.double().mean().item(), 4)
 
-# %% ../nbs/50_learner.ipynb #94ff02da
+# %% ../nbs/50_learner.ipynb #7077c042
 def trained_modules(
     learn:Learner # After training
 ) -> dict: # 'model' -> the model; name of a method -> its network
     "All that predictions go through."
-    return dict(model=learn.model, **{cb.name: cb.net for cb in learn.cbs if isinstance(cb, InputNet) and cb.net is not None})
+    nets = [(cb.name, cb.net) for cb in learn.cbs if isinstance(cb, InputNet) and cb.net is not None]
+    if len(dict(nets)) < len(nets): raise DglitError(f"two methods of one name, {[k for k,_ in nets]}: their networks cannot be told apart")
+    return dict(model=learn.model, **dict(nets))
 
 def weights_of(
     learn:Learner # After training
@@ -159,9 +161,10 @@ def evaluate(
         if len(d.unique()) > 1: rows.update({f'{name}[{k}]': line(right[d == k]) for k in d.unique().tolist()})
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('domain')
 
-# %% ../nbs/50_learner.ipynb #3044d7cf
+# %% ../nbs/50_learner.ipynb #18920ca3
 def _describe(cb):
     "A method's class and those of its settings that JSON can hold."
+    if cb.shape is None: raise DglitError(f"{type(cb).__name__} has not seen a batch yet: train, or predict, before you save")
     settings = {k: getattr(cb, k) for k in signature(type(cb)).parameters if hasattr(cb, k)}
     return {'class': type(cb).__name__, 'shape': list(cb.shape), 'settings': {k: v for k,v in settings.items() if isinstance(v, (int,float,str,bool))}}
 
@@ -188,7 +191,10 @@ def load_trained(
     found,state = json.loads(found.read_text()),torch.load(weights, map_location='cpu', weights_only=True)
     mine = {cb.name: cb for cb in learn.cbs if isinstance(cb, InputNet)}
     if set(mine) != set(found['methods']): raise DglitError(f"saved with methods {sorted(found['methods'])}, this Learner has {sorted(mine)}: give it the same")
+    for k,v in dict(model=type(learn.model).__name__, classes=[str(o) for o in learn.dls.vocab or []]).items():
+        if found[k] != v: raise DglitError(f"saved with {k} {found[k]}, this Learner has {v}: build it as the saved one was")
     for k,o in found['methods'].items():
+        mine[k].shape = tuple(o['shape'])
         if mine[k].net is None: mine[k].net = mine[k].make_net(torch.zeros(1, *o['shape']))
         mine[k].net.to(next(learn.model.parameters()).device)
     for k,module in trained_modules(learn).items():

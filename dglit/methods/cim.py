@@ -19,7 +19,7 @@ from ..losses.triplets import TERMS, contrast, draw_triplets, inner_product, lik
 from .core import InputNet, step_generator
 from ..models.transformation import TransformationNetwork
 
-# %% ../../nbs/49a_methods.cim.ipynb #b134247e
+# %% ../../nbs/49a_methods.cim.ipynb #69a666a4
 def labels_of(
     dl # A loader of dglit's, or of fastai
 ) -> Tensor: # Classes [M]
@@ -33,8 +33,8 @@ def images_of(
     places:Tensor # Which images [N]
 ) -> Tensor: # [N,C,H,W]
     "Images by their places in the data, as the loader would give them."
-    if hasattr(dl.dataset, 'tensors'): return dl.create_batch(places)[0]
-    return dl.after_batch(to_device(dl.create_batch([dl.do_item(i) for i in places.tolist()]), dl.device))[0].as_subclass(Tensor)
+    if hasattr(dl, 'low'): return dl.create_batch(places)[0] # dglit's own
+    return dl.after_batch(to_device(dl.do_batch([dl.do_item(i) for i in places.tolist()]), dl.device))[0].as_subclass(Tensor)
 
 # %% ../../nbs/49a_methods.cim.ipynb #51b56960
 SAMPLES = ('batch','train')
@@ -53,7 +53,7 @@ def triplets_of(
     positive,negative,there = draw_triplets(y, cb.pool, order)
     return *(elsewhere(images_of(cb.dl, o)) for o in (positive, negative)), there
 
-# %% ../../nbs/49a_methods.cim.ipynb #399c8c7c
+# %% ../../nbs/49a_methods.cim.ipynb #ee10f58e
 VARIANTS = ('pixel','gram','feature')
 
 class CIM(InputNet):
@@ -81,9 +81,13 @@ class CIM(InputNet):
     def measure(self, x, y): return inner_product(x, y) if self.variant == 'gram' else ms_ssim(x, y, self.win_size, self.levels, floor=.01)
     def morph(self, x:Tensor): return x*self.net(x).to(x.dtype)
 
-    def before_batch(self):
-        super().before_batch()
+    def undo(self):
+        super().undo()
         self.morphed = None
+
+    def after_fit(self):
+        super().after_fit()
+        self.pool = None
 
     def change(self, x:Tensor):
         morphed = self.morph(x)

@@ -8,7 +8,9 @@ Docs: https://dglit.github.io/dglit/methods.core.html.md"""
 __all__ = ['body_of', 'head_of', 'last_layer', 'hook_input', 'Method', 'FeatureMethod', 'TakeDomain', 'DomainMethod', 'NetMethod',
            'SideNet', 'InputNet', 'FeatureEdit', 'step_generator']
 
-# %% ../../nbs/40_methods.core.ipynb #b7243394
+# %% ../../nbs/40_methods.core.ipynb #eb26c3b4
+import warnings
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -56,7 +58,7 @@ def hook_input(
     "Keep the input of a module."
     return Hook(module, lambda module,inp,out: inp[0], detach=False)
 
-# %% ../../nbs/40_methods.core.ipynb #a8a14f90
+# %% ../../nbs/40_methods.core.ipynb #c2b0574f
 class Method(Callback):
     "Adds `weight * self.term()` to the training loss and logs the term's mean over each epoch."
     order,run_valid = 5,False
@@ -85,7 +87,7 @@ class Method(Callback):
         term = self.term()
         self.learn.loss_grad = self.loss_grad + self.weight_now()*term
         for k,v in {self.name: term, **self.part}.items(): self.sums[k] = self.sums.get(k, 0.) + v.detach()
-        self.count += 1
+        self.part,self.count = {},self.count + 1
 
     def after_fit(self): self.learn.metrics = [m for m in self.metrics if m not in self.logged]
 
@@ -155,10 +157,10 @@ class DomainMethod(Method):
         risks,n = domain_means(self.losses(self.pred, self.y), self.domain)
         return risks, n > 0
 
-# %% ../../nbs/40_methods.core.ipynb #ca166851
+# %% ../../nbs/40_methods.core.ipynb #ab6b5e84
 class NetMethod(Method):
     "A `Method` with a network `self.net` of its own, trained with the model's."
-    net,memory = None,{}
+    net,memory,before = None,{},None
     def make_net(self,
         x:Tensor # What the network will get, of the first batch
     ) -> nn.Module:
@@ -167,19 +169,29 @@ class NetMethod(Method):
 
     def bring_net(self, x): # at every batch: another callback's get_preds() ends with after_fit, too
         if self.net is None:
+            if not self.training: warnings.warn(f"{type(self).__name__}'s network has learnt nothing yet; learn.load() brings the model's weights alone, load_trained brings both")
             with torch.random.fork_rng(devices=[]): self.net = self.make_net(x)
         self.net.to(next(self.model.parameters())).train(self.training)
         if self.training: self.join()
 
+    def before_fit(self):
+        super().before_fit()
+        if hasattr(self.learn, 'lr_finder') and self.before is None: # lr_find() restores the model itself
+            self.before = deepcopy(self.net and self.net.state_dict()), {p: deepcopy(s) for p,s in self.memory.items()}
+
     def after_fit(self):
         super().after_fit()
         if self.net is not None and self.opt is not None: self.leave()
+        if self.before is not None:
+            (state,self.memory),self.before = self.before,None
+            if state is None: self.net = None
+            else: self.net.load_state_dict(state)
 
     def join(self):
         mine,lists = list(self.net.parameters()),self.opt.param_lists
         if not mine or any(p is mine[0] for p in lists[-1]): return
         self.opt.param_lists = L([*lists[:-1], [*lists[-1], *mine]])
-        self._opt_state.update(self.memory)
+        self._opt_state.update({p: {} for p in mine} | self.memory)
 
     def leave(self):
         mine = set(self.net.parameters())

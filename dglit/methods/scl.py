@@ -15,7 +15,7 @@ from ..losses.triplets import scl_loss
 from .cim import SAMPLES, triplets_of
 from .core import FeatureMethod, hook_input, last_layer
 
-# %% ../../nbs/49c_methods.scl.ipynb #ac72652d
+# %% ../../nbs/49c_methods.scl.ipynb #fb6d603e
 class SCL(FeatureMethod):
     "Supervised contrastive learning beside the classifier (CIM Eq. 12, after Khosla et al., 2020)."
     pool = None
@@ -29,6 +29,9 @@ class SCL(FeatureMethod):
 
     def make_hook(self): return hook_input(self.module or last_layer(self.model))
     def term(self): return scl_loss(self.features, *triplets_of(self, self.features, self.encode))
+    def after_fit(self):
+        super().after_fit()
+        self.pool = None
     def encode(self, x):
         self.model(x)
         return self.hook.stored

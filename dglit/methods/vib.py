@@ -15,7 +15,7 @@ from ..core import DglitError
 from ..losses.bottleneck import gaussian_kl
 from .core import InputNet, last_layer, step_generator
 
-# %% ../../nbs/49b_methods.vib.ipynb #a1a28e6e
+# %% ../../nbs/49b_methods.vib.ipynb #9f916d3b
 class VIB(InputNet):
     "Variational information bottleneck on the last features (Alemi et al., 2016; CIM Eq. 11, setting (c))."
     def __init__(self,
@@ -31,8 +31,8 @@ class VIB(InputNet):
         if not isinstance(layer, nn.Linear): raise DglitError(f"VIB stands before a linear layer, not before {type(layer).__name__}: name one with module=")
         return nn.Linear(layer.in_features, 2*layer.in_features)
 
-    def before_batch(self):
-        super().before_batch()
+    def undo(self):
+        super().undo()
         self.posterior = None
 
     def change(self, h:Tensor):
