@@ -288,9 +288,9 @@ def test_triplets(labels, seed):
     for c in y.unique():
         used = negative[(y == c) & there].bincount(minlength=len(y))[y != c]
         assert not len(used) or used.max() - used.min() <= 1                             # negatives take turns
-    if len(y.unique()) > 1:
-        positive, negative = draw_triplets(y, y.flip(0), g)
-        assert torch.equal(y.flip(0)[positive], y) and (y.flip(0)[negative] != y).all()
+    positive, negative, both = draw_triplets(y, y.flip(0), g)
+    assert both.all() if len(y.unique()) > 1 else not both.any()
+    assert torch.equal(y.flip(0)[positive], y) and (y.flip(0)[negative] != y)[both].all()
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
