@@ -32,7 +32,7 @@ def test_export_is_current(tmp_path):
 
 FLOORS = ['core', 'data', 'models', 'losses', 'methods', 'learner', 'experiments', 'cli']
 MAY = dict(core=[], data=['core'], models=['core'], losses=['core'], methods=['core','models','losses'], learner=['core','data','models','methods'],
-           experiments=['core','data','models','methods','learner'], cli=['core','experiments'])
+           experiments=['core','data','models','methods','learner'], cli=['core','learner','experiments'])
 
 
 @pytest.mark.parametrize('module', [o for o in MODULES if o.name not in ('__init__.py','all.py','_modidx.py')], ids=lambda o: str(o.relative_to(ROOT)))

@@ -33,7 +33,7 @@ DEMO = {'MNIST-MP, plain training': Spec(**_short), 'MNIST-MP, RCL': Spec(method
         'Colored MNIST, IRM': replace(_coins, method='irm', settings=dict(weight=1e5, anneal_steps=100, l2=1e-3), wd=0.),
         'Painted backgrounds, plain training': _ground, 'Painted backgrounds, CIM': replace(_ground, method='cim', settings=dict(weight=.1, width=8))}
 
-# %% ../../nbs/64_experiments.demo.ipynb #48fd4431
+# %% ../../nbs/64_experiments.demo.ipynb #6a84f153
 def _bars(ax, runs, domains, labels, names):
     "Mean and standard deviation of the runs' accuracies in two domains."
     table = pd.DataFrame([dict(method=n, domain=d, accuracy=r.metrics.get(d, nan)) for n,rs in zip(names, runs) for r in rs for d in domains])
@@ -55,6 +55,7 @@ def _masks(fig, learn, plain, cim):
     for i,(images,label) in enumerate(((x,'test'), (m.expand_as(x),'mask'), (m*x,'morphed'))): _strip(fig.add_subplot(grid[i,:2]), torch.cat([*images], 2), label)
     _bars(fig.add_subplot(grid[:,2]), (plain,cim), ['valid','test'], ['as in training','test'], ['plain','CIM'])
 
+# %% ../../nbs/64_experiments.demo.ipynb #e9d783d4
 def demo_figure(
     runs:dict, # Name, as in `DEMO` -> its runs
     learners:dict # Name -> a trained Learner
