@@ -23,11 +23,11 @@ from .latent import latent_points, plot_latent
 from .run import Spec, fit, learner_of
 from .sweep import writable
 
-# %% ../../nbs/64_experiments.demo.ipynb #32081a36
+# %% ../../nbs/64_experiments.demo.ipynb #9255718d
 _short = dict(source='digits', bs=16, epochs=7, data=dict(size=28), precision='fp32')
 _coins = Spec('colored_mnist', model='mlp', net=dict(hidden=[64,64]), loss='binary_cross_entropy', source='digits', data=dict(copies=10), epochs=301, bs=None,
               opt='adam', lr=3e-3, wd=2e-3, precision='fp32', selection='last', every=50)
-_ground = Spec('background_mnist', model='mlp', net=dict(hidden=[128,64], xavier=False), source='digits', data=dict(alpha=20.), epochs=12, bs=32, opt='adam', lr=1e-3, wd=0.,
+_ground = Spec('background_mnist', model='mlp', net=dict(hidden=[128,64], xavier=False), source='digits', data=dict(alpha=20.), epochs=10, bs=64, opt='adam', lr=2e-3, wd=0.,
                precision='fp32', schedule='flat_cos', selection='last', every=5)
 DEMO = {'MNIST-MP, plain training': Spec(**_short), 'MNIST-MP, RCL': Spec(method='rcl', **_short), 'Colored MNIST, plain training': _coins,
         'Colored MNIST, IRM': replace(_coins, method='irm', settings=dict(weight=1e5, anneal_steps=100, l2=1e-3), wd=0.),
