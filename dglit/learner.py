@@ -27,10 +27,11 @@ from torch import Tensor
 from .core import DglitError, choose, write_whole
 from .methods.core import InputNet, TakeDomain
 
-# %% ../nbs/50_learner.ipynb #0cfb22fe
-def _best(curve, domain='valid'):
+# %% ../nbs/50_learner.ipynb #a59e2ab2
+def _best(curve, domain):
     if domain not in curve[0]: raise DglitError(f"selection by {domain!r}: there is {', '.join(curve[0])}; the data must have a domain of that name")
     return max(range(len(curve)), key=lambda e: curve[e][domain])
+def _best_valid(curve): return _best(curve, 'valid')
 def _best_balanced(curve): return _best(curve, 'balanced')
 def _early_stop(curve, at=95.): return next((e for e,o in enumerate(curve) if o['valid'] >= at), len(curve)-1)
 def _last(curve): return len(curve)-1
@@ -41,9 +42,9 @@ def select_epoch(
 ) -> int: # The selected epoch, counted from 0
     "The epoch that a selection rule picks from a training curve. No rule looks at a test domain; `balanced` is validation data."
     rule,_,at = selection.partition('@')
-    rule = choose(rule, {'best-valid': _best, 'best-balanced': _best_balanced, 'early-stop': _early_stop, 'last': _last}, 'selection')
+    rule = choose(rule, {'best-valid': _best_valid, 'best-balanced': _best_balanced, 'early-stop': _early_stop, 'last': _last}, 'selection')
     if not at: return rule(curve)
-    try: return (rule if rule is _early_stop else noop())(curve, float(at))
+    try: return rule(curve, float(at))
     except (TypeError, ValueError) as e:
         raise DglitError(f"unknown selection {selection!r}: only early-stop takes a number, as in 'early-stop@95'") from e
 
