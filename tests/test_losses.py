@@ -14,7 +14,7 @@ from dglit.losses.irm import SLOPES, domain_means, irm_penalty, scale_slopes
 from dglit.losses.ms_ssim import ms_ssim
 from dglit.losses.orthogonality import double_soft_orthogonality
 from dglit.losses.rcl import l1_distances, rescale, reverse_contrastive_loss
-from dglit.losses.triplets import draw_triplets, inner_product, likeness, sample_triplets, scl_loss
+from dglit.losses.triplets import draw_triplets, inner_product, sample_triplets, scl_loss, triplet_similarity
 
 MARGINS = [0.2, 0.4, 0.6, 0.8, 0.9, 1., inf]
 
@@ -297,7 +297,7 @@ def test_triplets(labels, seed):
 def test_contrasts_in_every_type_and_without_triplets(dtype):
     x, e = torch.rand(6, 3, 28, 28).to(dtype).requires_grad_(), torch.randn(6, 8).to(dtype).requires_grad_()
     for there in (torch.ones(6).bool(), torch.zeros(6).bool()):
-        for value, of in ((sum(likeness(x, x.flip(0), x.flip(2), there)), x), (sum(likeness(x, x.flip(0), x, there, inner_product)), x), (scl_loss(e, e.flip(0), e*0, there), e)):
+        for value, of in ((sum(triplet_similarity(x, x.flip(0), x.flip(2), there)), x), (sum(triplet_similarity(x, x.flip(0), x, there, inner_product)), x), (scl_loss(e, e.flip(0), e*0, there), e)):
             of.grad = None
             value.backward()
             assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and value.isfinite() and of.grad.isfinite().all()

@@ -226,9 +226,8 @@ def test_on_a_resnet(name, tmp_path):
     fit(learn)
     assert finite(learn) and list(learn.model.state_dict()) == before and hooks(learn.model) == 0
     learn.export('learn.pkl')
-    back = torch.load(tmp_path/'learn.pkl', weights_only=False)
-    x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(back.model.eval()(x), learn.model.eval()(x))
+    back, dl = torch.load(tmp_path/'learn.pkl', weights_only=False), DataLoader([(o,) for o in torch.randn(2, 3, 32, 32)], bs=2)
+    with learn.no_bar(), back.no_bar(): assert torch.equal(*(o.get_preds(dl=dl)[0] for o in (back, learn)))  # through the method's own parts, too
 
 
 def test_rsc_leaves_running_means_to_training():

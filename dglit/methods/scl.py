@@ -12,7 +12,7 @@ from torch import nn
 
 from ..core import choose
 from ..losses.triplets import scl_loss
-from .cim import SAMPLES, triplets_of
+from .cim import TRIPLET_SOURCES, triplets_of
 from .core import FeatureMethod, hook_input, last_layer
 
 # %% ../../nbs/49c_methods.scl.ipynb #fb6d603e
@@ -25,7 +25,7 @@ class SCL(FeatureMethod):
         module:nn.Module|None=None # Module whose input are the features [N,D]; None: the model's last linear layer
     ):
         super().__init__(weight, module)
-        self.sample = choose(sample, SAMPLES, 'sample')
+        self.sample = choose(sample, TRIPLET_SOURCES, 'sample')
 
     def make_hook(self): return hook_input(self.module or last_layer(self.model))
     def term(self): return scl_loss(self.features, *triplets_of(self, self.features, self.encode))
