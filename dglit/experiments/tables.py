@@ -147,7 +147,7 @@ CIM_SEARCH = TABLES['cim-search'] = Table('cim-search', 'What CIM depends on, at
     *(_found(f'cim-{w:g}', f'CIM, λ = {w:g}', 'cim', weight=w) for w in (.001,.01,.1,1.,10.)),
     *(_found(f'cim-intended-{w:g}', f'CIM, intended sign, λ = {w:g}', 'cim', weight=w, sign=-1) for w in (.001,.01,.1,1.)),
     *(_mask(f'lr-{lr:g}', f'learning rate {lr:g}', lr=lr) for lr in (3e-4,3e-3)),
-    *(_found(f'vib-{b:g}', f'VIB, β = {b:g}', 'vib', beta=b) for b in (1e-4,1e-3,1e-2,1e-1)),
+    *(_found(f'vib-{b:g}', f'VIB, β = {b:g}', 'vib', beta=b) for b in (1e-5,1e-4,1e-3,1e-2,1e-1)),
     *(_found(f'scl-{w:g}', f'SCL, weight {w:g}', 'scl', weight=w) for w in (.01,.1,1.,10.)),
     *(_mask(f'window-{win}x{n}', f'window {win}, {n} level{"s"*(n>1)}', win_size=win, levels=n) for win,n in ((3,3),(7,2),(11,1))),
     *(_mask(t, f'{t} alone', terms=t) for t in ('positive','negative')),
@@ -161,7 +161,7 @@ CIM_SEARCH = TABLES['cim-search'] = Table('cim-search', 'What CIM depends on, at
     _found('cim-1-vib-0.0001', 'CIM + VIB, λ = 1, β = 0.0001', 'cim+vib', weight=1., beta=1e-4)))
 
 # %% ../../nbs/61_experiments.tables.ipynb #20ef29b0
-_CHOSEN = dict(erm=('Plain training', 'erm', {}), vib=('VIB', 'vib', dict(beta=1e-3)), scl=('SCL', 'scl', dict(weight=1.)), mask=('Mask only (λ = 0)', 'cim', dict(weight=0.)),
+_CHOSEN = dict(erm=('Plain training', 'erm', {}), vib=('VIB', 'vib', dict(beta=1e-3)), scl=('SCL', 'scl', dict(weight=.1)), mask=('Mask only (λ = 0)', 'cim', dict(weight=0.)),
                cim=('CIM', 'cim', dict(weight=.01)), gram=('CIM_g', 'cim', dict(weight=1., variant='gram')), feature=('CIM_f', 'cim', dict(weight=1., variant='feature')),
                both=('CIM + VIB', 'cim+vib', dict(weight=.01, beta=1e-4)))
 _TABLE4 = dict(erm=54.87, vib=56.82, cim=65.27, both=65.83)
