@@ -161,7 +161,7 @@ CIM_SEARCH = TABLES['cim-search'] = Table('cim-search', 'What CIM depends on, at
     _found('cim-1-vib-0.0001', 'CIM + VIB, λ = 1, β = 0.0001', 'cim+vib', weight=1., beta=1e-4)))
 
 # %% ../../nbs/61_experiments.tables.ipynb #20ef29b0
-_CHOSEN = dict(erm=('Plain training', 'erm', {}), vib=('VIB', 'vib', dict(beta=1e-3)), scl=('SCL', 'scl', dict(weight=.1)), mask=('Mask only (λ = 0)', 'cim', dict(weight=0.)),
+_CHOSEN = dict(erm=('Plain training', 'erm', {}), vib=('VIB', 'vib', dict(beta=1e-4)), scl=('SCL', 'scl', dict(weight=.1)), mask=('Mask only (λ = 0)', 'cim', dict(weight=0.)),
                cim=('CIM', 'cim', dict(weight=.01)), gram=('CIM_g', 'cim', dict(weight=1., variant='gram')), feature=('CIM_f', 'cim', dict(weight=1., variant='feature')),
                both=('CIM + VIB', 'cim+vib', dict(weight=.01, beta=1e-4)))
 _TABLE4 = dict(erm=54.87, vib=56.82, cim=65.27, both=65.83)
