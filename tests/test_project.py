@@ -54,12 +54,16 @@ def test_losses_know_no_fastai():
 def test_notebook_reads_well(nb):
     assert nb.stat().st_size < 300_000
     title = source(nb, 'markdown')[0]
-    assert re.match(r'# .+\n\n> .+', title), 'an H1 and a one-line answer'
+    assert re.fullmatch(r'# .+\n\n> .+', title), 'an H1 and a one-line answer, in a cell of their own: what else stands there is lost when nbdev renders'
     outputs = json.dumps([c.get('outputs', []) for c in cells(nb)])
     assert not re.search(r'Warning|Traceback|/home/|/root/|/tmp/|site-packages', outputs)
     for c in cells(nb):
         s = ''.join(c['source'])
-        if c['cell_type'] == 'code' and '#| export' in s: assert len(s.splitlines()) <= 45, s
+        if c['cell_type'] != 'code': continue
+        if '#| export' in s: assert len(s.splitlines()) <= 45, s
+        alone = {isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.parse(s).body}
+        assert len(alone) < 2, f'imports in a cell of their own, as nbdev runs their cells when it renders: {s}'
+        assert alone != {False} or not s.startswith('#| export\n'), f'exports, so that the page shows the code: {s}'
 
 
 def test_sidebar_has_every_page():
