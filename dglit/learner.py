@@ -57,6 +57,7 @@ def is_right(
     z = logits.reshape(len(targets), -1)
     return (z.argmax(1) if z.shape[1] > 1 else z[:,0] > 0) == targets.reshape(len(targets))
 
+# %% ../nbs/50_learner.ipynb #32816aae
 def accuracy(
     logits:Tensor, # As for `is_right`
     targets:Tensor # Classes [N]
@@ -80,6 +81,7 @@ def trained_modules(
     if len(dict(nets)) < len(nets): raise DglitError(f"two methods of one name, {[k for k,_ in nets]}: their networks cannot be told apart")
     return dict(model=learn.model, **dict(nets))
 
+# %% ../nbs/50_learner.ipynb #1e1155d1
 def weights_of(
     learn:Learner # After training
 ) -> dict: # 'model' and names of methods -> state_dict
@@ -181,6 +183,7 @@ def save_trained(
     write_whole(folder/'description.json', json.dumps(dict(model=type(learn.model).__name__, methods=methods, classes=[str(o) for o in learn.dls.vocab or []]), indent=2))
     return folder
 
+# %% ../nbs/50_learner.ipynb #4c85c03c
 def load_trained(
     learn:Learner, # Built like the one that was saved; what it has learnt is replaced
     folder # From `save_trained`

@@ -30,6 +30,7 @@ def balanced_order(
     def dealt(of): return torch.cat([of[torch.randperm(len(of), generator=order)] for _ in range(-(-most//len(of)))])[:most]
     return torch.stack([dealt(o) for o in each], 1).flatten()
 
+# %% ../../nbs/11_data.loaders.ipynb #198a3a86
 def balanced_size(
     tensors:tuple, # Images, targets, domains
     bs:int # Batch size

@@ -26,6 +26,7 @@ def moments(
     both = [torch.cat([x, y[:,None]], 1) for x,y in environments]
     return torch.stack([o.T @ o/len(o) for o in both]), torch.stack([o.mean(0) for o in both]), torch.tensor([float(len(o)) for o in both])
 
+# %% ../../nbs/65_experiments.causal.ipynb #eccbdb8d
 def least_squares(
     M:Tensor # Second moments [...,d+1,d+1]
 ) -> Tensor: # Weights [...,d]
@@ -100,6 +101,7 @@ def causal_error(
     off = (model.rotation @ (weights - model.solution))**2
     return dict(causal=off[:model.half].mean().item(), noncausal=off[model.half:].mean().item())
 
+# %% ../../nbs/65_experiments.causal.ipynb #6bb20148
 def causal_table(
     repetitions:int=20, # Of each setting
     settings:list=SETTINGS, # Which of the eight

@@ -90,6 +90,7 @@ def demo_table(
     lines = {k: [[*r.metrics.values()][::max(len(r.metrics)-1, 1)] or [nan, nan] for r in rs] for k,rs in runs.items()}
     return pd.DataFrame({k: [pm(pd.Series(o)) for o in zip(*v)] for k,v in lines.items()}, index=['as in training','at test']).T
 
+# %% ../../nbs/64_experiments.demo.ipynb #4a876f02
 def demo(
     folder='dglit-demo', # Where the figure and the records go
     seeds:int=3 # Trainings of each kind

@@ -94,6 +94,7 @@ def settings_of(
     given = ('c_in','c_out','size') if f in MODELS.values() else ('digits','bs','seed','device','module','head','decoder','net')
     return {} if f is None else {k: p for k,p in signature(f).parameters.items() if k not in given}
 
+# %% ../../nbs/60_experiments.run.ipynb #b4cf6c53
 def settings_of_methods(
     method:str # One of `METHODS`, or several joined by '+'
 ) -> dict: # Name of the setting -> (the method, its parameter)
@@ -126,6 +127,7 @@ def check(spec:Spec):
         for k,v in settings.items(): _check_type(k, v, choose(k, options, f'setting of {name}').annotation)
     methods_of(spec)
 
+# %% ../../nbs/60_experiments.run.ipynb #372f1847
 def methods_of(spec:Spec) -> list: # Callbacks
     "The methods' callbacks, as `domain_learner` takes them."
     options = settings_of_methods(spec.method)
@@ -230,6 +232,7 @@ def run(
     "Train and evaluate what `spec` describes."
     return fit(learner_of(spec, digits), spec, each_epoch)
 
+# %% ../../nbs/60_experiments.run.ipynb #94e70f69
 def run_or_record(
     spec:Spec, # What to run
     digits:Digits|None=None, # The source's digits, if they are loaded already

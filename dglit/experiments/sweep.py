@@ -133,6 +133,7 @@ def sweep(
         if r.status == 'failed': say(f'{label(r.spec)} failed: {r.error.splitlines()[-1]} (traceback in {folder/record_name(r.spec)}). The same sweep again tries it again')
     return list(runs.values())
 
+# %% ../../nbs/62_experiments.sweep.ipynb #1293e0d3
 def label(spec:Spec) -> str:
     "A run in words."
     return f'{spec.row or spec.method}, seed {spec.seed}'

@@ -33,6 +33,7 @@ class Row:
     spec: Spec # The training, and the selection rule
     published: dict # Domain -> (mean, standard deviation) in percent, the test domain last; nan where nothing is published
 
+# %% ../../nbs/61_experiments.tables.ipynb #df9c93a7
 @dataclass(frozen=True)
 class Table:
     "A published table, or a study of ours in the same form."
@@ -300,6 +301,7 @@ def variants(
     own = (table.rows[0].spec.source, None)
     return [dict(source=s, **(dict(epochs=e) if e else {})) for s,e in sorted(found, key=lambda o: (o != own, o[0], o[1] or 0))]
 
+# %% ../../nbs/61_experiments.tables.ipynb #fdc1514b
 def report(
     table:Table, # The published table
     runs:list, # Our runs

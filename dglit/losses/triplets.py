@@ -58,6 +58,7 @@ def inner_product(
 
 CIM_TERMS = dict(both=(1,-1), positive=(1,0), negative=(0,-1))
 
+# %% ../../nbs/35_losses.triplets.ipynb #2e3051e4
 def triplet_similarity(
     morphed:Tensor, # psi(x): images [N,C,H,W] with values in [0,1]
     positives:Tensor, # Images of the same classes [N,C,H,W]
@@ -69,6 +70,7 @@ def triplet_similarity(
     each = measure(morphed, torch.stack([positives, negatives]))
     return tuple((each*there).sum(1)/there.sum().clamp(min=1))
 
+# %% ../../nbs/35_losses.triplets.ipynb #8eea0f8d
 def cim_loss(
     plus:Tensor, # Likeness to the positives, or distance from them: a scalar
     minus:Tensor, # The same of the negatives

@@ -28,6 +28,7 @@ def labels_of(
     if hasattr(dl.dataset, 'tls'): return torch.tensor([int(o) for o in dl.dataset.tls[1]])
     raise DglitError(f"a dataset of type {type(dl.dataset).__name__} does not show its labels: use sample='batch'")
 
+# %% ../../nbs/49a_methods.cim.ipynb #5cd26194
 def images_of(
     dl, # The same loader
     places:Tensor # Which images [N]

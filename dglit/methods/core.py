@@ -37,6 +37,7 @@ def body_of(
     "The feature extractor of a model."
     return _part(model, 'body', 0)
 
+# %% ../../nbs/40_methods.core.ipynb #7de15d9b
 def head_of(
     model:nn.Module # A model with a `head`, or a fastai vision model
 ) -> nn.Module: # The module that makes logits of the features
@@ -52,6 +53,7 @@ def last_layer(
     if not layers: raise DglitError(f"{type(module).__name__} has no convolutional or linear layer: name the layer with module=")
     return layers[-1]
 
+# %% ../../nbs/40_methods.core.ipynb #77911561
 def hook_input(
     module:nn.Module # Such as a last layer
 ) -> Hook: # Its `stored` is what the module got last, with its gradient
@@ -127,6 +129,7 @@ class TakeDomain(Callback):
         self.learn.yb,self.learn.domain = tuple(y),d
     def after_fit(self): self.learn.domain = None
 
+# %% ../../nbs/40_methods.core.ipynb #e7405e7d
 class DomainMethod(Method):
     "A `Method` whose term may use `self.domain` [N], `self.losses(pred, y)` and `self.domain_risks()`."
     taken = None

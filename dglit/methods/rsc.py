@@ -40,6 +40,7 @@ def evaluating(module:nn.Module):
     finally:
         for m,training in were: m.training = training
 
+# %% ../../nbs/48_methods.rsc.ipynb #f4e63a74
 class RSC(FeatureEdit):
     "Mutes the features that speak loudest for the true class (Huang et al., 2020; Duboudin et al., §5.1)."
     def __init__(self,

@@ -20,6 +20,7 @@ def spectral_decoupling(
     "Mean square of the logits (Pezeshki et al., 2021)."
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).square().mean()
 
+# %% ../../nbs/47_methods.spectral_decoupling.ipynb #d3e759c8
 class SpectralDecoupling(Method):
     "Keeps logits small, so that no feature starves the others of gradient (Pezeshki et al., 2021; Duboudin et al., §5.1)."
     def __init__(self,

@@ -17,6 +17,7 @@ class SumChannels(nn.Module):
     "The sum over the channels."
     def forward(self, x): return x.sum(1, keepdim=True)
 
+# %% ../../nbs/21_models.mlp.ipynb #6e777180
 class MLP(nn.Module):
     "Linear layers with ReLUs between them (IRM §5.2: two hidden layers)."
     def __init__(self,
