@@ -29,9 +29,12 @@ def readme():
     return '\n\n'.join([head, *parts]) + '\n', pictures
 
 
-if __name__ == '__main__':
+def write_readme():
     text, pictures = readme()
     (ROOT/'README.md').write_text(text, encoding='utf-8')
     for path, data in pictures.items():
         (ROOT/path).parent.mkdir(exist_ok=True)
         (ROOT/path).write_bytes(data)
+
+
+if __name__ == '__main__': write_readme()

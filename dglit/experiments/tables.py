@@ -163,8 +163,8 @@ CIM_SEARCH = TABLES['cim-search'] = Table('cim-search', 'What CIM depends on, at
 
 # %% ../../nbs/61_experiments.tables.ipynb #20ef29b0
 _CHOSEN = dict(erm=('Plain training', 'erm', {}), vib=('VIB', 'vib', dict(beta=1e-4)), scl=('SCL', 'scl', dict(weight=.1)), mask=('Mask only (λ = 0)', 'cim', dict(weight=0.)),
-               cim=('CIM', 'cim', dict(weight=.01)), gram=('CIM_g', 'cim', dict(weight=1., variant='gram')), feature=('CIM_f', 'cim', dict(weight=1., variant='feature')),
-               both=('CIM + VIB', 'cim+vib', dict(weight=.01, beta=1e-4)))
+               cim=('CIM', 'cim', dict(weight=.01)), gram=('CIM_g', 'cim', dict(weight=.01, variant='gram')), feature=('CIM_f', 'cim', dict(weight=.001, variant='feature')),
+               both=('CIM + VIB', 'cim+vib', dict(weight=.01, beta=1e-5)))
 _TABLE4 = dict(erm=54.87, vib=56.82, cim=65.27, both=65.83)
 CIM_BACKGROUND_MNIST = TABLES['cim-background-mnist'] = Table('cim-background-mnist', 'CIM on painted backgrounds', 'Taghanaki et al., Table 4', tuple(
     Row(f'{k}-{alpha:g}', f'α = {alpha:g}: {label}', _cim(m, alpha=alpha, **s), _ground(_TABLE4.get(k, nan) if alpha == 1 else nan))

@@ -1,0 +1,92 @@
+"""Render the site where Quarto is not at hand: `python docs/render.py [FOLDER]`, `_docs` by default; and write README.md.
+
+nbdev processes the notebooks as it does for Quarto (which exports and directives are shown, and how); Sphinx, with myst-nb and furo, then
+makes HTML of them, in the order of the sidebar in _quarto.yml. Nothing is fetched, neither to build nor to read; a warning is an error."""
+import json, os, re, shutil, sys
+from pathlib import Path
+
+import yaml
+
+from readme import ROOT, write_readme
+
+SITE = 'https://dglit.github.io/dglit/'
+SETTINGS = dict(
+    project='dglit', language='en', extensions=['myst_nb', 'sphinx-mathjax-offline'], nb_execution_mode='off', nb_ipywidgets_js={},
+    myst_enable_extensions=['dollarmath'], myst_heading_anchors=4, exclude_patterns=['*.md'], html_theme='furo', html_title='dglit', html_css_files=['site.css'],
+    html_static_path=[str(ROOT/'docs/static')], html_copy_source=False, html_theme_options=dict(source_repository='https://github.com/dglit/dglit'))
+
+
+def stem(notebook): return re.sub(r'^\d+[a-z]?_', '', Path(notebook).stem)  # 30_losses.rcl.ipynb -> losses.rcl, as nbdev names its pages
+
+
+def relink(text):
+    "Links between notebooks and to symbols as links between staged pages."
+    text = re.sub(r'\]\(([\w.]+)\.ipynb', lambda m: f']({stem(m[1] + ".ipynb")}.ipynb', text)
+    return re.sub(rf'\]\({SITE}([\w.]+)\.html', r'](\1.ipynb', text)
+
+
+def documented(markdown):
+    "What `show_doc` printed: the heading, the signature, the docstring, the link to the source."
+    rule, link, rest = markdown.split('\n\n', 2)
+    return f"{rest}\n\n{re.sub(r'{.*}', '', link)}"
+
+
+def staged(cell):
+    "A cell as myst-nb reads it; None for one that shows nothing."
+    source = ''.join(cell['source'])
+    if cell['cell_type'] != 'code': return dict(cell, source=relink(source)) if not source.startswith('<!--') else None
+    options = dict(re.findall(r'(?m)^#\| ([\w-]+): *(.*)\n?', source))
+    source = re.sub(r'(?m)^#\|.*\n?', '', source).strip()
+    if source.startswith('show_doc('):
+        return dict(cell_type='markdown', metadata={}, source=relink(documented(''.join(cell['outputs'][0]['data']['text/markdown']))))
+    shown = dict(cell, source=source, execution_count=None, metadata={})
+    for o in shown['outputs']:
+        for k in ('text/markdown',):
+            if k in o.get('data', {}): o['data'][k] = relink(''.join(o['data'][k]))
+    if options.get('echo') == 'false':
+        if not shown['outputs']: return None
+        shown['metadata']['tags'] = ['remove-input']
+    if caption := options.get('fig-cap'): shown['metadata']['mystnb'] = dict(figure=dict(caption=caption), image=dict(alt=options.get('fig-alt', caption)))
+    return shown
+
+
+def stage(path, folder):
+    "Write a processed notebook as the page it becomes."
+    nb = json.loads(path.read_text(encoding='utf-8'))
+    head, *cells = nb['cells']
+    about = yaml.safe_load(''.join(head['source']).strip().strip('-'))
+    run = f'*Run this page:* `jupyter lab nbs/{path.name}` in a [clone](index.ipynb#install), or see it [on GitHub](https://github.com/dglit/dglit/blob/main/nbs/{path.name}).'
+    title = dict(cell_type='markdown', metadata={}, source=f"# {about['title']}\n\n> {about['description']}\n\n{run}")
+    nb['cells'] = [title, *(o for c in cells if (o := staged(c)))]
+    if path.stem == 'index': nb['cells'].append(dict(cell_type='markdown', metadata={}, source=toctrees()))
+    nb['metadata'].pop('widgets', None)
+    (folder/f'{stem(path.name)}.ipynb').write_text(json.dumps(nb), encoding='utf-8')
+
+
+def toctrees():
+    "The sidebar of _quarto.yml as Sphinx's."
+    contents = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
+    return '\n\n'.join('```{toctree}\n:hidden:\n:caption: ' + o['section'] + '\n' + '\n'.join(map(stem, o['contents'])) + '\n```' for o in contents if isinstance(o, dict))
+
+
+def render(out):
+    from nbdev.serve import proc_nbs
+    from sphinx.application import Sphinx
+    os.chdir(ROOT)  # where nbdev looks for its settings
+    write_readme()
+    processed = Path(proc_nbs(force=True, n_workers=0))
+    pages, notebooks = sorted(processed.glob('*.ipynb')), sorted((ROOT/'nbs').glob('*.ipynb'))
+    if [o.name for o in pages] != [o.name for o in notebooks]: sys.exit(f'nbdev processed {len(pages)} of {len(notebooks)} notebooks: is the checkout under a folder whose name begins with a dot?')
+    work = processed/'sphinx'
+    (work/'source').mkdir(parents=True)
+    shutil.copytree(processed/'images', work/'source/images')
+    for p in pages: stage(p, work/'source')
+    app = Sphinx(work/'source', None, work/'html', work/'doctrees', 'html', SETTINGS, warningiserror=True, status=None, keep_going=True)
+    app.build()
+    if app.statuscode: sys.exit(app.statuscode)
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.move(work/'html', out)
+    print(f'{len(pages)} pages in {out}')
+
+
+if __name__ == '__main__': render(ROOT/(sys.argv[1] if len(sys.argv) > 1 else '_docs'))
