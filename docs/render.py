@@ -12,7 +12,7 @@ from readme import ROOT, write_readme
 SITE = 'https://dglit.github.io/dglit/'
 SETTINGS = dict(
     project='dglit', language='en', extensions=['myst_nb', 'sphinx-mathjax-offline'], nb_execution_mode='off', nb_ipywidgets_js={},
-    myst_enable_extensions=['dollarmath'], myst_heading_anchors=4, exclude_patterns=['*.md'], html_theme='furo', html_title='dglit', html_css_files=['site.css'],
+    nb_render_markdown_format='myst', myst_enable_extensions=['dollarmath', 'attrs_inline'], myst_heading_anchors=4, html_theme='furo', html_title='dglit', html_favicon=str(ROOT/'docs/static/favicon.svg'), html_css_files=['site.css'],
     html_static_path=[str(ROOT/'docs/static')], html_copy_source=False, html_theme_options=dict(source_repository='https://github.com/dglit/dglit'))
 
 
@@ -25,10 +25,10 @@ def relink(text):
     return re.sub(rf'\]\({SITE}([\w.]+)\.html', r'](\1.ipynb', text)
 
 
-def documented(markdown):
-    "What `show_doc` printed: the heading, the signature, the docstring, the link to the source."
-    rule, link, rest = markdown.split('\n\n', 2)
-    return f"{rest}\n\n{re.sub(r'{.*}', '', link)}"
+def heading(markdown):
+    "Of what `show_doc` printed, the heading and the link to the source: signature and docstring stand in the code below it."
+    rule, link, head = markdown.split('\n\n')[:3]
+    return f"{head}\n\n{re.sub(r'{.*}', '{.source}', link)}"
 
 
 def staged(cell):
@@ -38,11 +38,10 @@ def staged(cell):
     options = dict(re.findall(r'(?m)^#\| ([\w-]+): *(.*)\n?', source))
     source = re.sub(r'(?m)^#\|.*\n?', '', source).strip()
     if source.startswith('show_doc('):
-        return dict(cell_type='markdown', metadata={}, source=relink(documented(''.join(cell['outputs'][0]['data']['text/markdown']))))
+        return dict(cell_type='markdown', metadata={}, source=relink(heading(''.join(cell['outputs'][0]['data']['text/markdown']))))
     shown = dict(cell, source=source, execution_count=None, metadata={})
     for o in shown['outputs']:
-        for k in ('text/markdown',):
-            if k in o.get('data', {}): o['data'][k] = relink(''.join(o['data'][k]))
+        if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = relink(''.join(o['data']['text/markdown']))
     if options.get('echo') == 'false':
         if not shown['outputs']: return None
         shown['metadata']['tags'] = ['remove-input']
