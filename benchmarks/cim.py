@@ -1,9 +1,10 @@
 """Milliseconds of a training step on painted backgrounds: plain training, VIB, SCL, CIM and its variants, on the same network, batch and
-precision, in turn. Prints the median of each and of its ratio to plain training's.
-Usage: python benchmarks/cim.py [fp32|bf16 [steps [rounds]]]"""
+precision, in turn. Prints the median of each and of its ratio to plain training's; FILE gets a line for each contender and round.
+Usage: python benchmarks/cim.py [fp32|bf16 [steps [rounds [FILE.csv]]]]"""
 import statistics, sys, time
 from dataclasses import replace
 
+import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelFitException
 
@@ -34,7 +35,7 @@ class Steps(Callback):
 
 
 def main():
-    precision, steps, rounds = (sys.argv[1:] + ['fp32', '40', '5'][len(sys.argv)-1:])[:3]
+    precision, steps, rounds, file = (sys.argv[1:] + ['fp32', '40', '5', ''][len(sys.argv)-1:])[:4]
     keep_memory()
     digits = load_mnist()
     learners = {k: learner_of(replace(SPEC, method=m, settings=s, precision=precision), digits) for k, (m, s) in CONTENDERS.items()}
@@ -45,6 +46,7 @@ def main():
             times[k].append(clock.seconds)
     plain = times['plain training']
     for k, v in times.items(): print(f'{k:30} {1000*statistics.median(v):7.1f} ms   {statistics.median(a/b for a, b in zip(v, plain)):.2f} times plain training')
+    if file: pd.DataFrame([dict(method=k, round=i, ms=1000*o, ratio=o/p) for k, v in times.items() for i, (o, p) in enumerate(zip(v, plain))]).round(3).to_csv(file, index=False)
     print(f'{precision}, batches of {SPEC.bs}, {learners["CIM"].dls.device}, {torch.get_num_threads()} threads')
 
 

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.data.transforms import CategoryMap
 from fastai.learner import AvgMetric, Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastcore.basics import noop
@@ -152,16 +153,26 @@ def domain_learner(
                    cbs=[TakeDomain(), *each(methods), *(o for o in each(cbs) if not isinstance(o, TakeDomain)), TrackDomains(selection, every)], **kwargs)
 
 # %% ../nbs/50_learner.ipynb #fdbe36fd
+class _Domains(Callback):
+    "Keeps the domain of each example it sees."
+    order = TakeDomain.order+1
+    def __init__(self): self.seen = []
+    def before_batch(self):
+        if self.domain is not None: self.seen.append(self.domain.cpu())
+
 def evaluate(
-    learn:Learner # A Learner on `DomainLoaders`
-) -> pd.DataFrame: # A row for each domain: `accuracy` in percent, `n` images; and one for each part of data of several domains, as 'valid[0]'
+    learn:Learner # A Learner, on `DomainLoaders` or any fastai `DataLoaders`
+) -> pd.DataFrame: # A row for each domain: `accuracy` in percent, `n` images. Of data of several domains also one for each, as 'valid[0]', and the worst, 'valid[worst]'
     "Accuracy on the validation data and on every test domain."
     rows,line = {}, lambda right: dict(accuracy=_percent(right), n=len(right))
-    for name,dl in learn.dls.domains.items():
-        with learn.no_bar(): right = _answers(learn, dl)
-        rows[name],tensors = line(right), getattr(dl.dataset, 'tensors', ())
-        d = tensors[2].cpu() if len(tensors) > 2 else torch.zeros(0)
-        if len(d.unique()) > 1: rows.update({f'{name}[{k}]': line(right[d == k]) for k in d.unique().tolist()})
+    vocab = getattr(learn.dls, 'vocab', None) or []
+    names = vocab[1] if len(vocab) == 2 and isinstance(vocab[1], CategoryMap) else None # fastai's, of batches (x, y, domain)
+    for name,dl in getattr(learn.dls, 'domains', dict(valid=learn.dls.valid)).items():
+        with learn.no_bar(), learn.added_cbs([*([] if any(isinstance(o, TakeDomain) for o in learn.cbs) else [TakeDomain()]), domains := _Domains()]): right = _answers(learn, dl)
+        rows[name],d = line(right), torch.cat([torch.zeros(0), *domains.seen])
+        if len(d.unique()) < 2: continue
+        parts = {f'{name}[{names[k] if names else k}]': line(right[d == k]) for k in d.unique().int().tolist()}
+        rows.update(parts, **{f'{name}[worst]': min(parts.values(), key=lambda o: o['accuracy'])})
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('domain')
 
 # %% ../nbs/50_learner.ipynb #18920ca3
