@@ -12,7 +12,7 @@ from dglit.experiments.causal import *
 from dglit.experiments.latent import *
 from dglit.experiments.run import Run, Spec, run
 from dglit.experiments.sweep import sweep
-from dglit.experiments.tables import CIM_BACKGROUND_MNIST, IRM_COLORED_MNIST, RCL_TABLE2, TABLES, as_markdown, cim_by_alpha, plot_table, read_runs, report, summarise
+from dglit.experiments.tables import CIM_BACKGROUND_MNIST, IRM_COLORED_MNIST, RCL_TABLE2, TABLES, as_markdown, cim_by_alpha, plot_table, read_runs, report, runs_of, summarise
 from dglit.learner import *
 from dglit.losses.bottleneck import *
 from dglit.losses.decov import *

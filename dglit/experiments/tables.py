@@ -6,8 +6,8 @@ Docs: https://dglit.github.io/dglit/experiments.tables.html.md"""
 
 # %% auto #0
 __all__ = ['TABLES', 'RCL_TABLE2', 'RCL_OPEN_POINTS', 'IRM_SEARCH', 'IRM_COLORED_MNIST', 'IRM_RISKS', 'CIM_SEARCH',
-           'CIM_BACKGROUND_MNIST', 'Row', 'Table', 'training', 'specs_of', 'accuracies', 'summarise', 'as_text',
-           'as_markdown', 'plot_table', 'read_runs', 'cim_by_alpha', 'variants', 'report']
+           'CIM_BACKGROUND_MNIST', 'Row', 'Table', 'training', 'specs_of', 'runs_of', 'accuracies', 'summarise',
+           'as_text', 'as_markdown', 'plot_table', 'read_runs', 'cim_by_alpha', 'variants', 'report']
 
 # %% ../../nbs/61_experiments.tables.ipynb #2bd39f03
 from dataclasses import dataclass, replace
@@ -195,16 +195,25 @@ def specs_of(
     return list(found.values())
 
 # %% ../../nbs/61_experiments.tables.ipynb #4a54cd9e
+def runs_of(
+    row:Row, # A row
+    runs:list, # Runs, of any tables
+    **changes # As for `specs_of`
+) -> list: # Runs, by seed
+    "The finished runs of the row's training, one for each seed."
+    wanted = training(replace(row.spec, **changes))
+    mine = {r.spec.seed: r for r in runs if r.status == 'done' and training(replace(r.spec, seed=wanted.seed)) == wanted}
+    return [mine[k] for k in sorted(mine)]
+
+# %% ../../nbs/61_experiments.tables.ipynb #4f986ca4
 def accuracies(
     row:Row, # A row
     runs:list, # Runs, of any tables
     **changes # As for `specs_of`
 ) -> pd.DataFrame: # A line for each run of the row's training, with its seed and the accuracy in each domain
     "The accuracies at the epoch that the row's rule selects."
-    wanted = training(replace(row.spec, **changes))
-    mine = [r for r in runs if r.status == 'done' and training(replace(r.spec, seed=wanted.seed)) == wanted]
-    return pd.DataFrame([dict(seed=r.spec.seed, **{k: r.curve[select_epoch(r.curve, row.spec.selection)][k] for k in row.published}) for r in mine],
-                        columns=['seed', *row.published]).drop_duplicates('seed').sort_values('seed')
+    return pd.DataFrame([dict(seed=r.spec.seed, **{k: r.curve[select_epoch(r.curve, row.spec.selection)][k] for k in row.published}) for r in runs_of(row, runs, **changes)],
+                        columns=['seed', *row.published])
 
 # %% ../../nbs/61_experiments.tables.ipynb #2c9d0d1d
 def summarise(
