@@ -12,7 +12,7 @@ from dglit.data.loaders import data_hash
 from dglit.data.mnist import load_mnist
 from dglit.data.mnist_mp import mnist_mp, mnist_plain
 from dglit.experiments.run import Spec, check, run
-from dglit.experiments.tables import TABLES, accuracies, read_runs, summarise, training
+from dglit.experiments.tables import TABLES, accuracies, read_runs, runs_of, summarise, training
 from dglit.learner import select_epoch
 
 DRAWN = ('colored_mnist', 'background_mnist')  # each seed draws data of its own
@@ -195,3 +195,44 @@ def test_irm_follows_its_story():
         if r.spec.table != 'irm-colored-mnist' or r.spec.row != 'irm': continue
         before, after = (next(o for o in r.curve if o['epoch'] == e) for e in (190, 500))
         assert before['test'] < 12 and before['train'] > 84 and after['test'] > 55 and after['irm'] < before['irm']/1e4
+
+
+CIM_TABLE, CIM_SEARCH = TABLES['cim-background-mnist'], TABLES['cim-search']
+CIM = summarise(CIM_TABLE, ALL)
+CIM_TEST = CIM[CIM.domain == 'test'].set_index('row')
+
+
+def apart(a, b): return CIM_TEST['mean'][a] - CIM_TEST['mean'][b] > CIM_TEST['std'][a] + CIM_TEST['std'][b]
+
+
+def found(row, key='balanced'): return next(r for r in runs_of(CIM_SEARCH.row(row), ALL) if r.spec.seed == 0).curve[-1][key]
+
+
+def test_cim_table_is_whole(): assert (CIM_TEST.n == 3).all() and all(runs_of(r, ALL) for r in CIM_SEARCH.rows)
+
+
+def test_cim_with_vib_beats_plain_training():
+    for a in ('0.5', '1', '2'):
+        for m in ('mask', 'cim', 'gram', 'feature', 'both'): assert apart(f'{m}-{a}', f'erm-{a}')
+    gain = [CIM_TEST['mean'][f'both-{a}'] - CIM_TEST['mean'][f'erm-{a}'] for a in ('0.5', '1', '2')]
+    assert gain[1] >= 8 and abs(gain[0] - 26.67) < 1 and gain[1] > 3*10.84 and gain[2] > 3*4.55
+    assert round(CIM_TEST['mean']['mask-1']) == 68 and round(CIM_TEST['mean']['erm-1']) == 27 and CIM_TEST['std']['both-0.5'] > 10
+
+
+def test_the_mask_does_most_of_it():
+    assert apart('cim-0.5', 'mask-0.5') and 5 < CIM_TEST['mean']['cim-0.5'] - CIM_TEST['mean']['mask-0.5'] < 6.5
+    for a in ('1', '2'):
+        for m in ('cim', 'gram', 'feature', 'both'): assert not apart(f'{m}-{a}', f'mask-{a}') and not apart(f'mask-{a}', f'{m}-{a}')
+    for a in ('0.5', '1', '2'): assert 1 < CIM_TEST['mean'][f'vib-{a}'] - CIM_TEST['mean'][f'erm-{a}'] < 5 and not apart(f'scl-{a}', f'erm-{a}')
+
+
+def test_what_the_search_says():
+    mask, plain = found('mask-lr-0.001'), found('erm-lr-0.001')
+    assert all(abs(found(f'cim-{w}') - mask) < 2 for w in ('0.001', '0.01', '0.1', '1')) and found('cim-10') < mask - 6
+    assert abs(found('cim-intended-0.001') - mask) < 2 and found('cim-intended-0.01') < mask - 10
+    assert all(abs(found(f'cim-intended-{w}') - plain) < 1.5 for w in ('0.1', '1'))
+    cim = found('cim-0.01')
+    assert all(5.5 < a - found(b) < 11 for a, n in ((cim, 'cim'), (mask, 'mask')) for b in (f'{n}-lr-0.0003', f'{n}-lr-0.003'))
+    assert 5 < cim - found('cim-transposed') < 6 and 3 < cim - found('cim-net-16x3') < 4
+    assert all(abs(cim - found(f'cim-{o}')) < 2 for o in ('window-3x3', 'window-11x1', 'positive', 'negative', 'train', 'fp32'))
+    assert found('vib-0.1') == 50 and found('cim-vib-1e-05') < cim and plain < found('erm-long') < mask - 10

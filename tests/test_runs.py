@@ -1,4 +1,5 @@
 "Training, records, sweeps, the command line."
+import gc
 import json, os, subprocess, sys
 from dataclasses import replace
 from math import inf
@@ -211,3 +212,14 @@ def test_train_saves_what_loads(tmp_path):
     assert run.spec.settings == dict(win_size=3) and run.spec.schedule == 'flat_cos'
     learn = load_trained(learner_of(run.spec), record.with_suffix(''))
     assert evaluate(learn).accuracy[list(run.metrics)].round(2).to_dict() == {k: round(v, 2) for k, v in run.metrics.items()}
+
+
+def test_a_run_leaves_no_learner_behind():
+    "Not even until the next garbage collection: in a sweep the data of one run after another would pile up."
+    alive = lambda: sum(isinstance(o, Learner) for o in gc.get_objects())
+    gc.collect()
+    before = alive()
+    gc.disable()
+    try: run(Spec(source='digits', bs=64, epochs=1, data=dict(size=28), precision='fp32'))
+    finally: gc.enable()
+    assert alive() == before

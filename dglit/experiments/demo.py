@@ -1,4 +1,4 @@
-"""Why plain training fails, and three methods that do not, in a minute or two.
+"""Why plain training fails, and three methods that do not, within two minutes.
 
 Docs: https://dglit.github.io/dglit/experiments.demo.html.md"""
 

@@ -9,7 +9,7 @@ __all__ = ['SOURCES', 'DATASETS', 'MODELS', 'METHODS', 'LOSSES', 'OPTIMIZERS', '
            'settings_of_methods', 'check', 'methods_of', 'learner_of', 'Run', 'fit', 'run', 'run_or_record']
 
 # %% ../../nbs/60_experiments.run.ipynb #d93a7789
-import json, math, platform, time, traceback
+import gc, json, math, platform, time, traceback
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from importlib.metadata import version
@@ -230,7 +230,8 @@ def run(
     each_epoch=None # Called with each epoch's measurements, to show progress
 ) -> Run:
     "Train and evaluate what `spec` describes."
-    return fit(learner_of(spec, digits), spec, each_epoch)
+    try: return fit(learner_of(spec, digits), spec, each_epoch)
+    finally: gc.collect() # a Learner and its callbacks hold one another, and the data: 200 MB on MNIST
 
 # %% ../../nbs/60_experiments.run.ipynb #94e70f69
 def run_or_record(
