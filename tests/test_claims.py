@@ -25,7 +25,7 @@ ALL = [r for runs in RUNS.values() for r in runs]
 def test_records_are_whole(r):
     check(r.spec)
     assert r.status == 'done' and r.spec.source == 'mnist' and [o['epoch'] for o in r.curve] == sorted({*range(0, r.spec.epochs, r.spec.every), r.spec.epochs-1})
-    assert r.selected == select_epoch(r.curve, 'best-valid')
+    assert r.selected == select_epoch(r.curve, r.spec.selection)
     assert r.metrics == {k: r.curve[r.selected][k] for k in r.metrics} and list(r.metrics)[0] == 'valid'
     row = TABLES[r.spec.table].row(r.spec.row)
     assert training(replace(r.spec, seed=0)) == training(row.spec)

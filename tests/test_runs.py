@@ -9,6 +9,7 @@ import torch
 import fastai.callback.schedule  # for fit_one_cycle
 from fastai.callback.core import Callback
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.learner import Learner
 
 from dglit.cli import main
 from dglit.core import DglitError
