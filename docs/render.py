@@ -71,6 +71,7 @@ def toctrees():
 def render(out):
     from nbdev.serve import proc_nbs
     from sphinx.application import Sphinx
+    if out.exists() and any(out.iterdir()) and not (out/'searchindex.js').exists(): sys.exit(f'{out} is no rendered site: give an empty or new folder')
     os.chdir(ROOT)  # where nbdev looks for its settings
     write_readme()
     processed = Path(proc_nbs(force=True, n_workers=0))

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MISSING = [o for o in ('sphinx', 'myst_nb', 'furo', 'playwright') if not find_spec(o)]
+MISSING = [o for o in ('sphinx', 'myst_nb', 'furo') if not find_spec(o)]
 BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: pip install -e '.[docs]'")
-needs_browser = pytest.mark.skipif(not BROWSER, reason='needs Chromium on the path')
+needs_browser = pytest.mark.skipif(not BROWSER or not find_spec('playwright'), reason='needs Chromium on the path, and playwright')
 
 
 @pytest.fixture(scope='module')
