@@ -10,10 +10,11 @@ import yaml
 from readme import ROOT, write_readme
 
 SITE = 'https://dglit.github.io/dglit/'
+WEBSITE = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']
 SETTINGS = dict(
-    project='dglit', language='en', extensions=['myst_nb', 'sphinx-mathjax-offline'], nb_execution_mode='off', nb_ipywidgets_js={},
-    nb_render_markdown_format='myst', myst_enable_extensions=['dollarmath', 'attrs_inline'], myst_heading_anchors=4, html_theme='furo', html_title='dglit', html_favicon=str(ROOT/'docs/static/favicon.svg'), html_css_files=['site.css'],
-    html_static_path=[str(ROOT/'docs/static')], html_copy_source=False, html_theme_options=dict(source_repository='https://github.com/dglit/dglit'))
+    project=WEBSITE['title'], language='en', extensions=['myst_nb', 'sphinx-mathjax-offline'], nb_execution_mode='off', nb_ipywidgets_js={},
+    nb_render_markdown_format='myst', myst_enable_extensions=['dollarmath', 'attrs_inline'], myst_heading_anchors=4, html_theme='furo', html_title=WEBSITE['title'], html_favicon=str(ROOT/'docs/static/favicon.svg'), html_css_files=['site.css'],
+    html_static_path=[str(ROOT/'docs/static')], html_copy_source=False, html_show_copyright=False, html_theme_options=dict(source_repository='https://github.com/dglit/dglit'))
 
 
 def stem(notebook): return re.sub(r'^\d+[a-z]?_', '', Path(notebook).stem)  # 30_losses.rcl.ipynb -> losses.rcl, as nbdev names its pages
@@ -64,8 +65,7 @@ def stage(path, folder):
 
 def toctrees():
     "The sidebar of _quarto.yml as Sphinx's."
-    contents = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
-    return '\n\n'.join('```{toctree}\n:hidden:\n:caption: ' + o['section'] + '\n' + '\n'.join(map(stem, o['contents'])) + '\n```' for o in contents if isinstance(o, dict))
+    return '\n\n'.join('```{toctree}\n:hidden:\n:caption: ' + o['section'] + '\n' + '\n'.join(map(stem, o['contents'])) + '\n```' for o in WEBSITE['sidebar']['contents'] if isinstance(o, dict))
 
 
 def render(out):

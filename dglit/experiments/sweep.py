@@ -8,7 +8,7 @@ Docs: https://dglit.github.io/dglit/experiments.sweep.html.md"""
 __all__ = ['record_name', 'writable', 'workers', 'sweep', 'label', 'seconds_left', 'sweep_with_progress']
 
 # %% ../../nbs/62_experiments.sweep.ipynb #9ed535af
-import gc, hashlib, threading, time, uuid
+import hashlib, threading, time, uuid
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from functools import cache
@@ -68,7 +68,6 @@ def _run_one(spec, folder, threads, wait):
             if r is None:
                 if threads: torch.set_num_threads(threads)
                 r = run_or_record(spec, _digits(spec.source))
-                gc.collect() # a Learner and its callbacks hold each other, and the data
                 write_whole(path, r.to_json() + '\n')
             lock.unlink(missing_ok=True)
         return r
