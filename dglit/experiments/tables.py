@@ -140,22 +140,22 @@ def _cim(method, alpha=1., lr=1e-3, epochs=8, precision='bf16', **settings):
 def _ground(test=nan, test_std=nan): return dict(balanced=(nan, nan), test=(test, test_std))
 
 def _found(name, label, method, **kw): return Row(name, label, _cim(method, **kw), _ground())
-def _mask(name, label, **kw): return _found(f'cim-{name}', f'CIM, {label}', 'cim', **{'weight': .01, **kw}) # .01: the best of the weights below
+def _around(name, label, **kw): return _found(f'cim-{name}', f'CIM, {label}', 'cim', **{'weight': .01, **kw}) # .01: the best of the weights below
 CIM_SEARCH = TABLES['cim-search'] = Table('cim-search', 'What CIM depends on, at α = 1', 'nowhere', (
     *(_found(f'erm-lr-{lr:g}', f'Plain training, learning rate {lr:g}', 'erm', lr=lr) for lr in (3e-4,1e-3,3e-3)),
-    _found('erm-long', 'Plain training, 20 epochs', 'erm', epochs=20), # the time of 8 of CIM
+    _found('erm-long', 'Plain training, 20 epochs', 'erm', epochs=20), # about the time of 8 of CIM, in float32
     *(_found(f'mask-lr-{lr:g}', f'Mask only, learning rate {lr:g}', 'cim', weight=0., lr=lr) for lr in (3e-4,1e-3,3e-3)),
     *(_found(f'cim-{w:g}', f'CIM, λ = {w:g}', 'cim', weight=w) for w in (.001,.01,.1,1.,10.)),
     *(_found(f'cim-intended-{w:g}', f'CIM, intended sign, λ = {w:g}', 'cim', weight=w, sign=-1) for w in (.001,.01,.1,1.)),
-    *(_mask(f'lr-{lr:g}', f'learning rate {lr:g}', lr=lr) for lr in (3e-4,3e-3)),
+    *(_around(f'lr-{lr:g}', f'learning rate {lr:g}', lr=lr) for lr in (3e-4,3e-3)),
     *(_found(f'vib-{b:g}', f'VIB, β = {b:g}', 'vib', beta=b) for b in (1e-5,1e-4,1e-3,1e-2,1e-1)),
     *(_found(f'scl-{w:g}', f'SCL, weight {w:g}', 'scl', weight=w) for w in (.01,.1,1.,10.)),
-    *(_mask(f'window-{win}x{n}', f'window {win}, {n} level{"s"*(n>1)}', win_size=win, levels=n) for win,n in ((3,3),(11,1))),
-    *(_mask(t, f'{t} alone', terms=t) for t in ('positive','negative')),
-    _mask('train', 'triplets from all training data', sample='train'),
-    _mask('net-16x3', 'a deeper mask network', depth=3),
-    _mask('transposed', 'transposed convolutions', transposed=True),
-    _mask('fp32', 'float32', precision='fp32'),
+    *(_around(f'window-{win}x{n}', f'window {win}, {n} level{"s"*(n>1)}', win_size=win, levels=n) for win,n in ((3,3),(11,1))),
+    *(_around(t, f'{t} alone', terms=t) for t in ('positive','negative')),
+    _around('train', 'triplets from all training data', sample='train'),
+    _around('net-16x3', 'a deeper mask network', depth=3),
+    _around('transposed', 'transposed convolutions', transposed=True),
+    _around('fp32', 'float32', precision='fp32'),
     *(_found(f'gram-{w:g}', f'CIM_g, λ = {w:g}', 'cim', weight=w, variant='gram') for w in (.001,.01,.1,1.)),
     *(_found(f'feature-{w:g}', f'CIM_f, λ = {w:g}', 'cim', weight=w, variant='feature') for w in (.001,.01,.1,1.)),
     *(_found(f'cim-vib-{b:g}', f'CIM + VIB, λ = 0.01, β = {b:g}', 'cim+vib', weight=.01, beta=b) for b in (1e-5,1e-4,1e-3,1e-2)),
