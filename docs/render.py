@@ -17,13 +17,16 @@ SETTINGS = dict(
     html_static_path=[str(ROOT/'docs/static')], html_copy_source=False, html_show_copyright=False, html_theme_options=dict(source_repository='https://github.com/dglit/dglit'))
 
 
-def stem(notebook): return re.sub(r'^\d+[a-z]?_', '', Path(notebook).stem)  # 30_losses.rcl.ipynb -> losses.rcl, as nbdev names its pages
+def page(notebook):
+    "rcl/02_loss.ipynb -> rcl/loss, as nbdev names its pages."
+    path = Path(notebook)
+    return (path.parent/re.sub(r'^\d+_', '', path.stem)).as_posix()
 
 
-def relink(text):
-    "Links between notebooks and to symbols as links between staged pages."
-    text = re.sub(r'\]\(([\w.]+)\.ipynb', lambda m: f']({stem(m[1] + ".ipynb")}.ipynb', text)
-    return re.sub(rf'\]\({SITE}([\w.]+)\.html', r'](\1.ipynb', text)
+def relink(text, folder):
+    "Links between notebooks and to symbols as links between staged pages, from a page in `folder`."
+    text = re.sub(r'\]\(([\w./]+\.ipynb)', lambda m: f']({page(m[1])}.ipynb', text)
+    return re.sub(rf'\]\({SITE}([\w./]+)\.html', lambda m: f']({os.path.relpath(m[1], folder)}.ipynb', text)
 
 
 def heading(markdown):
@@ -32,17 +35,17 @@ def heading(markdown):
     return f"{head}\n\n{re.sub(r'{.*}', '{.source}', link)}"
 
 
-def staged(cell):
-    "A cell as myst-nb reads it; None for one that shows nothing."
+def staged(cell, folder):
+    "A cell of a page in `folder` as myst-nb reads it; None for one that shows nothing."
     source = ''.join(cell['source'])
-    if cell['cell_type'] != 'code': return dict(cell, source=relink(source)) if not source.startswith('<!--') else None
+    if cell['cell_type'] != 'code': return dict(cell, source=relink(source, folder)) if not source.startswith('<!--') else None
     options = dict(re.findall(r'(?m)^#\| ([\w-]+): *(.*)\n?', source))
     source = re.sub(r'(?m)^#\|.*\n?', '', source).strip()
     if source.startswith('show_doc('):
-        return dict(cell_type='markdown', metadata={}, source=relink(heading(''.join(cell['outputs'][0]['data']['text/markdown']))))
+        return dict(cell_type='markdown', metadata={}, source=relink(heading(''.join(cell['outputs'][0]['data']['text/markdown'])), folder))
     shown = dict(cell, source=source, execution_count=None, metadata={})
     for o in shown['outputs']:
-        if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = relink(''.join(o['data']['text/markdown']))
+        if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = relink(''.join(o['data']['text/markdown']), folder)
     if options.get('echo') == 'false':
         if not shown['outputs']: return None
         shown['metadata']['tags'] = ['remove-input']
@@ -50,22 +53,26 @@ def staged(cell):
     return shown
 
 
-def stage(path, folder):
-    "Write a processed notebook as the page it becomes."
+def stage(path, name, out):
+    "Write a processed notebook, `name` under nbs, as the page it becomes."
     nb = json.loads(path.read_text(encoding='utf-8'))
     head, *cells = nb['cells']
     about = yaml.safe_load(''.join(head['source']).strip().strip('-'))
-    run = f'*Run this page:* `jupyter lab nbs/{path.name}` in a [clone](index.ipynb#install), or see it [on GitHub](https://github.com/dglit/dglit/blob/main/nbs/{path.name}).'
+    folder = Path(name).parent
+    run = (f'*Run this page:* `jupyter lab nbs/{name}` in a [clone]({os.path.relpath("index.ipynb", folder)}#install), '
+           f'or see it [on GitHub](https://github.com/dglit/dglit/blob/main/nbs/{name}).')
     title = dict(cell_type='markdown', metadata={}, source=f"# {about['title']}\n\n> {about['description']}\n\n{run}")
-    nb['cells'] = [title, *(o for c in cells if (o := staged(c)))]
-    if path.stem == 'index': nb['cells'].append(dict(cell_type='markdown', metadata={}, source=toctrees()))
+    nb['cells'] = [title, *(o for c in cells if (o := staged(c, folder)))]
+    if name == 'index.ipynb': nb['cells'].append(dict(cell_type='markdown', metadata={}, source=toctrees()))
     nb['metadata'].pop('widgets', None)
-    (folder/f'{stem(path.name)}.ipynb').write_text(json.dumps(nb), encoding='utf-8')
+    to = out/f'{page(name)}.ipynb'
+    to.parent.mkdir(exist_ok=True)
+    to.write_text(json.dumps(nb), encoding='utf-8')
 
 
 def toctrees():
     "The sidebar of _quarto.yml as Sphinx's."
-    return '\n\n'.join('```{toctree}\n:hidden:\n:caption: ' + o['section'] + '\n' + '\n'.join(map(stem, o['contents'])) + '\n```' for o in WEBSITE['sidebar']['contents'] if isinstance(o, dict))
+    return '\n\n'.join('```{toctree}\n:hidden:\n:caption: ' + o['section'] + '\n' + '\n'.join(map(page, o['contents'])) + '\n```' for o in WEBSITE['sidebar']['contents'] if isinstance(o, dict))
 
 
 def render(out):
@@ -75,12 +82,13 @@ def render(out):
     os.chdir(ROOT)  # where nbdev looks for its settings
     write_readme()
     processed = Path(proc_nbs(force=True, n_workers=0))
-    pages, notebooks = sorted(processed.glob('*.ipynb')), sorted((ROOT/'nbs').glob('*.ipynb'))
-    if [o.name for o in pages] != [o.name for o in notebooks]: sys.exit(f'nbdev processed {len(pages)} of {len(notebooks)} notebooks: is the checkout under a folder whose name begins with a dot?')
+    pages, notebooks = (sorted(o.relative_to(top).as_posix() for o in top.rglob('*.ipynb') if '/.' not in o.as_posix())
+                        for top in (processed, ROOT/'nbs'))
+    if pages != notebooks: sys.exit(f'nbdev processed {len(pages)} of {len(notebooks)} notebooks: is the checkout under a folder whose name begins with a dot?')
     work = processed/'sphinx'
     (work/'source').mkdir(parents=True)
     shutil.copytree(processed/'images', work/'source/images')
-    for p in pages: stage(p, work/'source')
+    for o in pages: stage(processed/o, o, work/'source')
     app = Sphinx(work/'source', None, work/'html', work/'doctrees', 'html', SETTINGS, warningiserror=True, status=None, keep_going=True)
     app.build()
     if app.statuscode: sys.exit(app.statuscode)

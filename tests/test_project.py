@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NBS = sorted((ROOT/'nbs').glob('*.ipynb'))
+NBS = sorted(o for o in (ROOT/'nbs').rglob('*.ipynb') if '/.' not in o.as_posix())
+PAGES = [o.relative_to(ROOT/'nbs').as_posix() for o in NBS]
 MODULES = sorted((ROOT/'dglit').rglob('*.py'))
 
 
@@ -15,7 +16,7 @@ def source(nb, kind='code'): return ['\n'.join(''.join(c['source']).splitlines()
 
 def test_nbdev_test_sees_every_notebook():
     from nbdev.doclinks import nbglob
-    assert len(NBS) >= 17 and sorted(Path(o).name for o in nbglob(ROOT/'nbs')) == [o.name for o in NBS]
+    assert len(NBS) >= 17 and sorted(map(Path, nbglob(ROOT/'nbs'))) == NBS
 
 
 def test_export_is_current(tmp_path):
@@ -50,7 +51,7 @@ def test_losses_know_no_fastai():
     for module in (ROOT/'dglit/losses').glob('*.py'): assert 'fastai' not in module.read_text()
 
 
-@pytest.mark.parametrize('nb', NBS, ids=lambda o: o.stem)
+@pytest.mark.parametrize('nb', NBS, ids=PAGES)
 def test_notebook_reads_well(nb):
     assert nb.stat().st_size < 300_000
     title = source(nb, 'markdown')[0]
@@ -70,13 +71,13 @@ def test_sidebar_has_every_page():
     import yaml
     def pages(o): return [o] if isinstance(o, str) else [p for x in (o['contents'] if isinstance(o, dict) else o) for p in pages(x)]
     sidebar = yaml.safe_load((ROOT/'_quarto.yml').read_text())['website']['sidebar']['contents']
-    assert sorted(pages(sidebar)) == [o.name for o in NBS]
+    assert sorted(pages(sidebar)) == PAGES
     assert (ROOT/'nbs/_quarto.yml').resolve() == (ROOT/'_quarto.yml').resolve()
 
 
 def test_links_between_pages():
     for nb in NBS:
-        for link in re.findall(r'\]\(([^)#:]+\.ipynb)', '\n'.join(source(nb, 'markdown'))): assert (ROOT/'nbs'/link).exists(), f'{nb.name} links to {link}'
+        for link in re.findall(r'\]\(([^)#:]+\.ipynb)', '\n'.join(source(nb, 'markdown'))): assert (nb.parent/link).exists(), f'{nb.name} links to {link}'
 
 
 def test_readme_is_current():
