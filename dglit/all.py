@@ -13,7 +13,11 @@ from dglit.experiments.latent import *
 from dglit.experiments.run import Run, Spec, run
 from dglit.experiments.sweep import sweep
 from dglit.experiments.tables import CIM_BACKGROUND_MNIST, IRM_COLORED_MNIST, RCL_TABLE2, TABLES, as_markdown, cim_by_alpha, plot_table, read_runs, report, runs_of, summarise
-from dglit.learner import *
+from dglit.learner.learner import *
+from dglit.learner.precision import *
+from dglit.learner.saving import *
+from dglit.learner.selection import *
+from dglit.learner.tracking import *
 from dglit.losses.bottleneck import *
 from dglit.losses.decov import *
 from dglit.losses.irm import *
