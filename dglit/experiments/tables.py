@@ -10,7 +10,8 @@ __all__ = ['TABLES', 'RCL_TABLE2', 'RCL_OPEN_POINTS', 'IRM_SEARCH', 'IRM_COLORED
            'as_text', 'as_markdown', 'plot_table', 'read_runs', 'cim_by_alpha', 'variants', 'report']
 
 # %% ../../nbs/foundations/31_tables.ipynb #2bd39f03
-from dataclasses import dataclass, replace
+import os
+from dataclasses import dataclass, fields, replace
 from io import BytesIO
 from math import nan
 from pathlib import Path
@@ -20,8 +21,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from ..core import DglitError, choose, write_whole
-from .run import Run, Spec, settings_of_methods
+from ..core import DglitError, choose, read_text, shown, write_whole
+from .run import Run, Spec, _check_type, check, settings_of_methods
 from ..learner import select_epoch
 
 # %% ../../nbs/foundations/31_tables.ipynb #7b2bb862
@@ -274,17 +275,31 @@ def read_runs(
     unreadable:list|None=None # If a list: takes a message for each file that is no record, in place of the error
 ) -> list: # Runs
     "Read recorded runs; what is no record of this schema is named in a `DglitError`, or in `unreadable`."
-    path = Path(path)
-    if not path.exists(): raise DglitError(f"{path} does not exist: give a folder of records or a .jsonl file")
-    files,runs = sorted(path.glob('*.json')) if path.is_dir() else [path], []
+    if not os.path.lexists(path): raise DglitError(f"{shown(path)} does not exist: give a folder of records or a .jsonl file")
+    files,runs = sorted(Path(path).glob('*.json')) if os.path.isdir(path) else [path],[]
     for f in files:
-        for i,line in enumerate(f.read_text(encoding='utf-8').splitlines() or [''], 1):
-            try: runs.append(Run.from_json(line))
-            except (ValueError, TypeError, KeyError, AttributeError) as e:
-                message = f"{f}, line {i}, is no record of a run ({e}): move it away, or restore it"
+        try: lines = read_text(f).splitlines() or ['']
+        except DglitError as e: lines = [e]
+        for i,line in enumerate(lines, 1):
+            try: runs.append(_run_of(line))
+            except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
+                message = f"{shown(f)}, line {i}, is no record of a run ({shown(e)}): move it away, or restore it"
                 if unreadable is None: raise DglitError(message) from e
                 unreadable.append(message)
     return runs
+
+def _run_of(line):
+    "The run in a line of a file (or the error met in reading it), if it can be one."
+    if isinstance(line, DglitError): raise line
+    r = Run.from_json(line)
+    check(r.spec)
+    for f in fields(Run)[1:]: _check_type(f.name, getattr(r, f.name), f.type)
+    choose(r.status, ('done','diverged','failed'), 'status')
+    for o in [r.metrics, *r.curve]:
+        for k,v in o.items(): v in ('nan','inf','-inf') or _check_type(k, v, float)
+    for o in r.curve: _check_type('epoch', o['epoch'], int)
+    if r.status == 'done' and not r.metrics: raise DglitError("status 'done' without metrics")
+    return r
 
 # %% ../../nbs/foundations/31_tables.ipynb #5196c882
 def cim_by_alpha(
