@@ -56,8 +56,9 @@ def _digits(source): return SOURCES[source]()
 
 def _finished(path, failed=False):
     "The run in a file, if there is one and it did not fail (or `failed` says that it may)."
-    runs = [r for r in read_runs(path) if failed or r.status != 'failed'] if os.path.lexists(path) else []
-    return runs[0] if runs else None
+    if not os.path.lexists(path): return
+    if os.path.isdir(path): raise DglitError(f'{shown(path)} is a folder: move it away')
+    return next((r for r in read_runs(path) if failed or r.status != 'failed'), None)
 
 def _failed(spec, error): return Run(spec, 'failed', {}, -1, [], 0., '', _versions(), '', error=error)
 
