@@ -50,7 +50,7 @@ def domain_means(
     index,n = (_ranks(d),len(d)) if n_domains is None else (d,n_domains)
     try: counts = v.new_zeros(n).index_add(0, index, torch.ones_like(index, dtype=v.dtype))
     except IndexError as e:
-        raise DglitError(f"domains outside 0 to {n-1}: number them with domain_index, or leave n_domains out") from e
+        raise DglitError(f"domains outside 0 to {n-1}: number them with domain_index") from e
     sums = v.new_zeros([n, *v.shape[1:]]).index_add(0, index, v)
     return sums/counts.clamp(min=1).view(-1, *[1]*(v.ndim-1)), counts
 
