@@ -11,7 +11,7 @@ __all__ = ['domain_ids', 'domain_index', 'domain_means', 'mean_over_domains', 'v
 import torch
 from torch import Tensor
 
-from ..core import DglitError, at_least_float32, one_each
+from ..core import DglitError, at_least_float32, whole_numbers
 
 # %% ../../nbs/foundations/05_domains.ipynb #416f4385
 def domain_ids(
@@ -19,12 +19,7 @@ def domain_ids(
     n:int # Number of examples
 ) -> Tensor: # int64 [N]
     "The domain of each example; a `DglitError` for what is no whole number."
-    d = one_each(domains, n, 'domains')
-    if d.is_floating_point():
-        whole = (d == d.round()) & (d.abs() <= 2/torch.finfo(d.dtype).eps)
-        if not whole.all(): raise DglitError(f"domain {d[~whole][0].item()} in {d.dtype}: "
-                                             "needed whole numbers that this type tells apart; give integers")
-    return d.long()
+    return whole_numbers(domains, n, 'domains')
 
 # %% ../../nbs/foundations/05_domains.ipynb #699c71fe
 def domain_index(
