@@ -14,7 +14,7 @@ from fastai.layers import NoneReduce
 from torch import Tensor
 
 from ..core import DglitError
-from ..losses.irm import domain_means
+from ..losses.domains import domain_means
 from .terms import Method
 
 # %% ../../nbs/foundations/14_domains.ipynb #0e84636b
