@@ -8,7 +8,7 @@ Docs: https://dglit.github.io/dglit/foundations/cli.html.md"""
 __all__ = ['app', 'demo', 'train', 'reproduce', 'report', 'list_', 'main']
 
 # %% ../nbs/foundations/40_cli.ipynb #486d36ef
-import sys, warnings
+import os, sys, warnings
 from typing import Annotated
 
 import typer
@@ -90,8 +90,8 @@ def reproduce(
     rows: Annotated[str, typer.Option(help='Names of rows, separated by commas; none: all.')] = '',
     source: Annotated[str, typer.Option(help='mnist, or the bundled digits.')] = 'mnist',
     epochs: Annotated[int, typer.Option(help='Instead of the paper\'s; 0: the paper\'s.', min=0)] = 0,
-    backend: Annotated[str, typer.Option(help='Where the runs go: loky (processes here), dask, ray.')] = 'loky',
-    address: Annotated[str, typer.Option(help='Of the Dask scheduler or the Ray head.')] = ''):
+    backend: Annotated[str, typer.Option(help='Where the runs go: processes here, or dask.')] = 'processes',
+    address: Annotated[str, typer.Option(help='Of the Dask scheduler.')] = ''):
     "Run what a paper's table still lacks, and set the result beside it."
     from dglit.core import choose
     from dglit.experiments.sweep import sweep_with_progress
@@ -151,8 +151,15 @@ def list_(table: Annotated[str, typer.Argument(help='A table, whose rows are lis
 def main():
     "The `dglit` command."
     warnings.filterwarnings('ignore', category=FutureWarning) # of the libraries, on import
+    for o in (sys.stdout, sys.stderr):
+        if hasattr(o, 'reconfigure'): o.reconfigure(errors='replace') # not every encoding has α, ∞ and −
     try: app()
+    except SystemExit as e:
+        if e.code != 130: raise
+        sys.stdout.flush()
+        print('dglit: interrupted. What was written is kept; the same command goes on', file=sys.stderr, flush=True)
+        os._exit(130) # threads may be at work
     except ValueError as e:
-        from dglit.core import DglitError
+        from dglit.core import DglitError, shown
         if not isinstance(e, DglitError): raise
-        print(f'dglit: {e}', file=sys.stderr); sys.exit(2)
+        print(f'dglit: {shown(e)}', file=sys.stderr); sys.exit(2)
