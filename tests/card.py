@@ -3,7 +3,7 @@
 Tensors on it say that they are elsewhere and hold real numbers. What mixes devices is refused, as on a GPU; what makes a GPU wait for the host, or the host for a GPU, is counted, and so is what is launched."""
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest, torch
 import fastai.torch_core as fc
@@ -62,6 +62,7 @@ def execute(f, args, kwargs):
     mine, rest, name = [o for o in tensors if on(o)], [o for o in tensors if not on(o)], f._schema.name[6:]
     to = kwargs.get('device')
     card = torch.device(to) == CARD if to is not None else bool(mine)
+    if any(o.device == CARD for o in rest): raise RuntimeError(f'a tensor without numbers: {f}')
     if mine and rest and name != 'copy_':
         if any(o.dim() for o in rest): raise RuntimeError(f'tensors on two devices: {f}')
         tell('number from the CPU')
@@ -80,7 +81,8 @@ def execute(f, args, kwargs):
     back = {id(o.real_): o for o in mine}
     if to is not None: kwargs = {**kwargs, 'device': 'cpu'}
     kwargs = {k: v for k, v in kwargs.items() if not (k == 'pin_memory')} if card else kwargs
-    out = f(*tree_map(lambda o: o.real_ if on(o) else o, args), **tree_map(lambda o: o.real_ if on(o) else o, kwargs))
+    with Card.now.own_numbers() if card and Card.now and torch.Tag.nondeterministic_seeded in f.tags else nullcontext():
+        out = f(*tree_map(lambda o: o.real_ if on(o) else o, args), **tree_map(lambda o: o.real_ if on(o) else o, kwargs))
     return tree_map(lambda o: back.get(id(o)) if id(o) in back else OnCard(o) if card and isinstance(o, torch.Tensor) else o, out)
 
 
@@ -89,8 +91,17 @@ class Card(TorchDispatchMode):
     now = None
     def __init__(self):
         super().__init__()
-        self.events, self.launches = Counter(), 0
+        self.events, self.launches, self.rng = Counter(), 0, torch.Generator().manual_seed(1).get_state()
     def __torch_dispatch__(self, f, types, args=(), kwargs=None): return execute(f, args, kwargs or {})
+    @contextmanager
+    def own_numbers(self):
+        "A card's random numbers are not the CPU's."
+        host = torch.get_rng_state()
+        torch.set_rng_state(self.rng)
+        try: yield
+        finally:
+            self.rng = torch.get_rng_state()
+            torch.set_rng_state(host)
     @property
     def waits(self): return sum(n for (kind, _), n in self.events.items() if kind == 'wait')
     def of(self, kind): return {place: n for (k, place), n in self.events.items() if k == kind}
@@ -129,7 +140,8 @@ def _autocast(real):
 @contextmanager
 def a_card():
     "A `Card` in force, with fastai and PyTorch told of it."
-    subclass = torch.Tensor.as_subclass
+    subclass, tensor, as_tensor = torch.Tensor.as_subclass, torch.tensor, torch.as_tensor
+    def made(f): return lambda *args, device=None, **kwargs: f(*args, **kwargs) if device is None else f(*args, **kwargs).to(device) # PyTorch does so unseen
     def pin_memory(t, *args):
         t = t.clone()
         t.pinned_ = True
@@ -140,6 +152,9 @@ def a_card():
         m.setattr(torch.Tensor, 'pin_memory', pin_memory)
         for o in [o for k, o in sys.modules.items() if k.startswith(('torch.optim.', 'torch.utils._foreach'))]: # the fused optimizers
             if hasattr(o, '_get_fused_kernels_supported_devices'): m.setattr(o, '_get_fused_kernels_supported_devices', lambda: ['cpu', 'meta'])
+        m.setattr(torch, 'tensor', made(tensor))
+        m.setattr(torch, 'as_tensor', made(as_tensor))
+        m.setattr(torch.Tensor, 'new_tensor', lambda t, data, dtype=None, device=None, **kw: tensor(data, dtype=dtype or t.dtype, **kw).to(device or t.device))
         m.setattr(fc.defaults, 'use_cuda', None)
         torch.__future__.set_swap_module_params_on_conversion(True)
         only = torch._C._only_lift_cpu_tensors()
