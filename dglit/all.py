@@ -40,6 +40,7 @@ from dglit.methods.parts import *
 from dglit.methods.rcl import *
 from dglit.methods.reconstruction import *
 from dglit.methods.rsc import *
+from dglit.methods.sam import *
 from dglit.methods.scl import *
 from dglit.methods.spectral_decoupling import *
 from dglit.methods.terms import *
