@@ -6,7 +6,8 @@ Docs: https://dglit.github.io/dglit/foundations/registry.html.md"""
 
 # %% auto #0
 __all__ = ['SOURCES', 'DATASETS', 'MODELS', 'METHODS', 'LOSSES', 'OPTIMIZERS', 'SCHEDULES', 'PRECISIONS', 'REGISTRIES', 'GIVEN',
-           'KINDS', 'from_source', 'kinds_of', 'settings_of', 'as_kind', 'as_one_of', 'needed', 'as_setting']
+           'KINDS', 'digits_of', 'from_source', 'kinds_of', 'settings_of', 'as_kind', 'as_one_of', 'needed',
+           'as_setting']
 
 # %% ../../nbs/foundations/27_registry.ipynb #413b065e
 import numbers
@@ -45,13 +46,21 @@ from ..models.mlp import MLP
 # %% ../../nbs/foundations/27_registry.ipynb #b1903a8f
 SOURCES = dict(mnist=load_mnist, digits=load_digits) # of the digits that datasets are painted from
 
+# %% ../../nbs/foundations/27_registry.ipynb #3fff5517
+@cache
+def digits_of(
+    source:str # One of `SOURCES`
+): # `Digits`
+    "The digits of a source, loaded once."
+    return SOURCES[source]()
+
 # %% ../../nbs/foundations/27_registry.ipynb #d4cefb45
 def from_source(dataset):
     "A dataset of digits with `digits`, the name of their source, for its first setting."
     if signature(dataset).parameters['digits'].default == 'mnist': return dataset
     @wraps(dataset)
     def named(digits='mnist', *args, **kwargs):
-        return dataset(SOURCES[digits]() if isinstance(digits, str) else digits, *args, **kwargs)
+        return dataset(digits_of(digits) if isinstance(digits, str) else digits, *args, **kwargs)
     first,*rest = signature(dataset).parameters.values()
     named.__signature__ = signature(dataset).replace(parameters=[first.replace(annotation=str, default='mnist'), *rest])
     return named
