@@ -20,6 +20,7 @@ from dglit.learner.selection import *
 from dglit.learner.tracking import *
 from dglit.losses.bottleneck import *
 from dglit.losses.decov import *
+from dglit.losses.domains import *
 from dglit.losses.irm import *
 from dglit.losses.ms_ssim import *
 from dglit.losses.orthogonality import *

@@ -22,7 +22,7 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 
 from ..core import DglitError, generator
-from ..losses.irm import domain_means
+from ..losses.domains import domain_means
 
 # %% ../../nbs/foundations/10_methods.ipynb #08b8a28e
 def _part(model, name, i):
@@ -157,7 +157,7 @@ class DomainMethod(Method):
 
     def domain_risks(self) -> tuple: # (risks [D], whether the batch has examples of the domain [D])
         "The mean loss of each domain."
-        risks,n = domain_means(self.losses(self.pred, self.y), self.domain)
+        risks,n = domain_means(self.losses(self.pred, self.y), self.domain, int(self.domain.max()) + 1)
         return risks, n > 0
 
 # %% ../../nbs/foundations/10_methods.ipynb #ab6b5e84
