@@ -7,15 +7,16 @@ Docs: https://dglit.github.io/dglit/family/birm_loss.html.md"""
 # %% auto #0
 __all__ = ['gaussian_scales', 'birm_penalty']
 
-# %% ../../nbs/family/07_birm_loss.ipynb #9f0994f5
+# %% ../../nbs/family/07_birm_loss.ipynb #bf4a72de
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..core import at_least_float32
 from .head_gradients import averages
 from .irm import scale_slopes
 
-# %% ../../nbs/family/07_birm_loss.ipynb #e323fd98
+# %% ../../nbs/family/07_birm_loss.ipynb #3c33dbe5
 def gaussian_scales(
     sigma:float, # Standard deviation about 1
     nodes:int=9, # Of the quadrature
@@ -23,11 +24,13 @@ def gaussian_scales(
     rng:torch.Generator|None=None # Of the draws, on the CPU
 ) -> tuple: # (scales [M], weights [M] that sum to 1), float64
     "Scales around 1, and weights with which to average over them."
-    if draws: return 1 + sigma*torch.randn(draws, generator=rng, dtype=torch.float64), torch.ones(draws).double()/draws
+    if draws:
+        w = 1 + sigma*torch.randn(draws, generator=rng, dtype=torch.float64)
+        return w, torch.ones_like(w)/draws
     x,w = map(torch.from_numpy, np.polynomial.hermite.hermgauss(nodes))
     return 1 + 2**.5*sigma*x, w/np.pi**.5
 
-# %% ../../nbs/family/07_birm_loss.ipynb #fb5b8dbc
+# %% ../../nbs/family/07_birm_loss.ipynb #98be40a9
 def birm_penalty(
     logits:Tensor, # Outputs of the network [N] or [N,K], before any softmax or sigmoid
     targets:Tensor, # Classes [N] for cross-entropy; of as many numbers as the outputs for the others
@@ -40,7 +43,7 @@ def birm_penalty(
     rng:torch.Generator|None=None # Of the draws, on the CPU
 ) -> Tensor: # A scalar
     "BIRM: mean squared slope of the risk in a scale of the outputs, over scales around 1 (Lin et al., 2022)."
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    z = at_least_float32(logits)
     scales,weights = (o.to(z) for o in gaussian_scales(sigma, nodes, draws, rng))
     slopes = torch.stack([scale_slopes(w*z, targets, loss)/w for w in scales])               # [M,N]
     A = averages(domains, n_domains, z)

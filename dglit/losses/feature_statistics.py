@@ -7,20 +7,21 @@ Docs: https://dglit.github.io/dglit/family/feature_statistics.html.md"""
 # %% auto #0
 __all__ = ['feature_moments', 'feature_variance', 'coral_penalty']
 
-# %% ../../nbs/family/03_feature_statistics.ipynb #2a45fa45
+# %% ../../nbs/family/03_feature_statistics.ipynb #5035c0e9
 import torch
 from torch import Tensor
 
+from ..core import at_least_float32
 from .head_gradients import averages, spread
 
-# %% ../../nbs/family/03_feature_statistics.ipynb #c832426f
+# %% ../../nbs/family/03_feature_statistics.ipynb #366ec959
 def feature_moments(
     features:Tensor, # [N,D] or [N,D,...]
     domains:Tensor, # Index of each one's environment, int64 [N] or [N,1]
     n_domains:int # Indices are below this
 ) -> tuple: # (means [E,D], features minus the mean of their environment [N,D], unbiased averages [E,N])
     "Means of the environments, and what covariances are made of; in float32 at least."
-    f = features.to(torch.promote_types(features.dtype, torch.float32)).flatten(1)
+    f = at_least_float32(features).flatten(1)
     A = averages(domains, n_domains, f)
     n = (A > 0).sum(1, keepdim=True)
     with torch.autocast(f.device.type, enabled=False):

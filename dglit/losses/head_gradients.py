@@ -9,23 +9,23 @@ __all__ = ['CURVATURES', 'averages', 'HeadBatch', 'head_batch', 'outer_means', '
            'fishr_penalty', 'hessian_diagonal', 'hessian_product', 'probed_diagonal', 'random_signs', 'hessian_penalty',
            'iga_penalty']
 
-# %% ../../nbs/family/02_head_gradients.ipynb #c92a787e
+# %% ../../nbs/family/02_head_gradients.ipynb #e3733a84
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core import DglitError, choose
+from ..core import at_least_float32, choose, one_each
 
-# %% ../../nbs/family/02_head_gradients.ipynb #41ed8903
+# %% ../../nbs/family/02_head_gradients.ipynb #461e9d91
 def averages(
     domains:Tensor, # Index of each example's environment, int64 [N] or [N,1]
     n_domains:int, # Indices are below this
     like:Tensor # Type and device of the result
 ) -> Tensor: # [E,N]; a row of zeros for an environment without examples
     "The matrix that averages over environments."
-    member = (domains.reshape(-1) == torch.arange(n_domains, device=domains.device)[:,None]).to(like)
+    member = (one_each(domains, len(domains), 'domains') == torch.arange(n_domains, device=domains.device)[:,None]).to(like)
     return member/member.sum(1, keepdim=True).clamp(min=1)
 
 # %% ../../nbs/family/02_head_gradients.ipynb #88d123e0
@@ -38,7 +38,7 @@ class HeadBatch(NamedTuple):
     @property
     def there(self): return self.A.sum(1) > 0
 
-# %% ../../nbs/family/02_head_gradients.ipynb #c9be2240
+# %% ../../nbs/family/02_head_gradients.ipynb #39fe4606
 def head_batch(
     logits:Tensor, # Outputs of the layer [N,K], or [N] or [N,1] for two classes
     targets:Tensor, # Classes [N] or [N,1]
@@ -47,12 +47,10 @@ def head_batch(
     n_domains:int # Indices are below this
 ) -> HeadBatch: # In float32, or float64 for float64 features
     "Probabilities, residuals, features and averages."
-    z,f = (o.to(torch.promote_types(o.dtype, torch.float32)).reshape(len(o), -1) for o in (logits, features))
-    y = targets.reshape(len(z), -1)
-    if y.shape[1] != 1:
-        raise DglitError(f"targets {tuple(targets.shape)}: needed one class for each of {len(z)} examples")
-    if z.shape[1] == 1: p,y = z.sigmoid(),y.to(z)
-    else: p,y = z.softmax(1),F.one_hot(y[:,0].long(), z.shape[1]).to(z)
+    z,f = (at_least_float32(o).reshape(len(o), -1) for o in (logits, features))
+    y = one_each(targets, len(z))
+    if z.shape[1] == 1: p,y = z.sigmoid(),y[:,None].to(z)
+    else: p,y = z.softmax(1),F.one_hot(y.long(), z.shape[1]).to(z)
     return HeadBatch(p, p - y, F.pad(f, (0, 1), value=1.), averages(domains, n_domains, f))
 
 # %% ../../nbs/family/02_head_gradients.ipynb #b1814dd7
