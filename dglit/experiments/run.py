@@ -23,7 +23,6 @@ from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
-from fastcore.basics import noop
 
 from ..core import DglitError, choose, keep_memory, set_seed
 from ..data.background_mnist import background_mnist
@@ -33,7 +32,6 @@ from ..data.mnist import Digits, load_digits, load_mnist
 from ..data.mnist_mp import mnist_mp, mnist_plain, mnist_up
 from ..learner import BFloat16, domain_learner, select_epoch
 from ..methods.cim import CIM
-from ..methods.core import InputNet
 from ..methods.decov import DeCov
 from ..methods.dropout import ChannelDropout
 from ..methods.irm import IRM, GroupDRO, VREx
@@ -154,9 +152,6 @@ def learner_of(
     learn = domain_learner(dls, model, methods_of(spec), spec.selection, LOSSES[spec.loss](), cbs=[TerminateOnNaNCallback(), *precision], every=spec.every,
                            opt_func=opt, lr=spec.lr, wd=spec.wd)
     learn.seed = spec.seed
-    for cb in learn.cbs: # initial weights now: later, runs in threads would draw them from one generator
-        if isinstance(cb, InputNet):
-            with torch.random.fork_rng(devices=[]): cb.net = cb.make_net(x)
     return learn
 
 # %% ../../nbs/foundations/30_run.ipynb #35c40e33
@@ -214,10 +209,8 @@ def fit(
     "Train the Learner as `spec` says, and record it."
     dls,track,start = learn.dls, learn.track_domains, time.perf_counter()
     if dls.device.type == 'cpu': keep_memory()
-    try:
-        with learn.no_bar(), learn.no_logging(): SCHEDULES[spec.schedule](learn, spec.epochs, cbs=[_EachEpoch(each_epoch)] if each_epoch else [])
-    finally:
-        for cb in learn.cbs.attrgot('leave', noop): cb() # BFloat16's: the precision, whatever happened
+    cbs = [_EachEpoch(each_epoch)] if each_epoch else []
+    with learn.no_bar(), learn.no_logging(): SCHEDULES[spec.schedule](learn, spec.epochs, cbs=cbs)
     seconds = time.perf_counter() - start
     done = bool(track.curve) and track.curve[-1]['epoch'] == spec.epochs-1
     return Run(spec, 'done' if done else 'diverged', {k: track.curve[track.selected][k] for k in dls.domains} if done else {},
