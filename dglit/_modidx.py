@@ -530,4 +530,5 @@ d = { 'settings': { 'branch': 'main',
                                              'dglit.models.transformation.TransformationNetwork.__init__': ( 'cim/mask_network.html#transformationnetwork.__init__',
                                                                                                              'dglit/models/transformation.py'),
                                              'dglit.models.transformation.TransformationNetwork.forward': ( 'cim/mask_network.html#transformationnetwork.forward',
-                                                                                                            'dglit/models/transformation.py')}}}
+                                                                                                            'dglit/models/transformation.py')},
+            'dglit.style': {'dglit.style.use_style': ('foundations/style.html#use_style', 'dglit/style.py')}}}

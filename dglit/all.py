@@ -41,3 +41,4 @@ from dglit.methods.vib import *
 from dglit.models.convnet import *
 from dglit.models.mlp import *
 from dglit.models.transformation import *
+from dglit.style import *

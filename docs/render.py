@@ -23,7 +23,7 @@ SETTINGS = dict(
     html_static_path=[str(STATIC)], html_css_files=['site.css'], html_js_files=['search.js'],
     html_copy_source=False, html_show_sourcelink=False, html_show_copyright=False,
     html_theme_options=dict(source_repository='https://github.com/dglit/dglit', dark_css_variables=DARK))
-WIDE = 900  # a picture of more pixels is not made smaller than is legible on a telephone, but scrolls
+WIDE = 700  # a picture of more pixels is not made smaller than is legible on a telephone, but scrolls
 
 
 def page(notebook):
@@ -45,12 +45,15 @@ def heading(markdown):
 
 
 def picture(shown, options):
-    "What myst-nb is to know of a cell's picture: caption, alternative text, and whether it is a wide one."
-    png = next((d for o in shown['outputs'] if (d := o.get('data', {}).get('image/png'))), None)
-    if not png: return
-    width = struct.unpack('>I', base64.b64decode(''.join(png))[16:20])[0]
-    caption = options.get('fig-cap', '')
-    about = dict(image=dict(alt=options.get('fig-alt', caption), classes='wide' if width > WIDE else 'narrow'))
+    "What myst-nb is to know of a cell's picture: caption, words, and its width as drawn, whatever its resolution."
+    data = next((d for o in shown['outputs'] if 'image/png' in (d := o.get('data', {}))), None)
+    if not data: return
+    drawn = re.match(r'<Figure size (\d+)x', ''.join(data.get('text/plain', '')))
+    pixels = struct.unpack('>I', base64.b64decode(''.join(data['image/png']))[16:20])[0]
+    width = min(pixels, int(drawn[1])) if drawn else pixels
+    caption = options.get('fig-cap', '').strip('"')
+    about = dict(image=dict(alt=options.get('fig-alt', caption).strip('"'), width=f'{width}px',
+                            classes='wide' if width > WIDE else 'narrow'))
     if caption: about['figure'] = dict(caption=caption)
     shown['metadata']['mystnb'] = about
 

@@ -31,9 +31,9 @@ def test_export_is_current(tmp_path):
     for name in made: assert strip(made[name]) == strip(there[name]), f'{name} is not what its notebook exports: run nbdev-export'
 
 
-FLOORS = ['core', 'data', 'models', 'losses', 'methods', 'learner', 'experiments', 'cli']
-MAY = dict(core=[], data=['core'], models=['core'], losses=['core'], methods=['core','models','losses'], learner=['core','data','models','methods'],
-           experiments=['core','data','models','methods','learner'], cli=['core','learner','experiments'])
+FLOORS = ['core', 'style', 'data', 'models', 'losses', 'methods', 'learner', 'experiments', 'cli']
+MAY = dict(core=[], style=[], data=['core'], models=['core'], losses=['core'], methods=['core','models','losses'], learner=['core','data','models','methods'],
+           experiments=['core','style','data','models','methods','learner'], cli=['core','learner','experiments'])
 
 
 @pytest.mark.parametrize('module', [o for o in MODULES if o.name not in ('__init__.py','all.py','_modidx.py')], ids=lambda o: str(o.relative_to(ROOT)))
