@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from glossary import linked
 from readme import ROOT, write_readme
 
 SITE = 'https://dglit.github.io/dglit/'
@@ -106,7 +107,12 @@ def stage(path, name, out):
            f'or see it [on GitHub](https://github.com/dglit/dglit/blob/main/nbs/{name}).')
     text = f"# {about['title']}\n\n> {about['description']}\n\n{run}"
     title = dict(cell_type='markdown', metadata={}, source=text)
-    cells = [title, *(o for c in cells if (o := staged(c, folder)))]
+    cells = [o for c in cells if (o := staged(c, folder))]
+    written = [o for o in cells if o['cell_type'] == 'markdown']
+    if not name.startswith('guides/9'):  # the glossary and the references
+        link = os.path.relpath('guides/glossary.ipynb', folder) + '#abbreviations'
+        for o, text in zip(written, linked([o['source'] for o in written], link)): o['source'] = text
+    cells = [title, *cells]
     if name == 'index.ipynb': cells.append(dict(cell_type='markdown', metadata={}, source=toctrees()))
     nb['cells'] = ordered(cells)
     nb['metadata'].pop('widgets', None)
