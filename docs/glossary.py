@@ -79,7 +79,8 @@ def unexplained(nb):
                   [o for o in greek(text) if not lines.get(o, set()) & there and not introduced(o, text)])
 
 
-APART = re.compile(r'(?sm)(```.*?```|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]+\$|!?\[[^\]]*\]\([^)]*\)|^#.*?$|\*\*[^*]*\*\*|<[^>]*>)')
+APART = re.compile(r'(?sm)(```.*?```|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]+\$|!?\[[^\]]*\]\([^)]*\)|^#.*?$|'
+                   r'\*\*[^*]*\*\*|\*[^*\n]+\*|<[^>]*>)')
 
 
 def linked(texts, link):

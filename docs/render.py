@@ -24,7 +24,7 @@ SETTINGS = dict(
     html_static_path=[str(STATIC)], html_css_files=['site.css'], html_js_files=['search.js'],
     html_copy_source=False, html_show_sourcelink=False, html_show_copyright=False,
     html_theme_options=dict(source_repository='https://github.com/dglit/dglit', dark_css_variables=DARK))
-WIDE = 700  # a picture of more pixels is not made smaller than is legible on a telephone, but scrolls
+WIDE = 620  # a picture of more pixels is not made smaller than is legible on a telephone, but scrolls
 
 
 def page(notebook):
