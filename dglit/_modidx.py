@@ -836,4 +836,5 @@ d = { 'settings': { 'branch': 'main',
             'dglit.papers.rcl': { 'dglit.papers.rcl.mnist_mp_row': ('rcl/rows.html#mnist_mp_row', 'dglit/papers/rcl.py'),
                                   'dglit.papers.rcl.rcl_spec': ('rcl/rows.html#rcl_spec', 'dglit/papers/rcl.py'),
                                   'dglit.papers.rcl.reading': ('rcl/rows.html#reading', 'dglit/papers/rcl.py'),
-                                  'dglit.papers.rcl.rivals': ('rcl/rows.html#rivals', 'dglit/papers/rcl.py')}}}
+                                  'dglit.papers.rcl.rivals': ('rcl/rows.html#rivals', 'dglit/papers/rcl.py')},
+            'dglit.style': {'dglit.style.use_style': ('foundations/style.html#use_style', 'dglit/style.py')}}}
