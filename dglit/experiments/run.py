@@ -17,7 +17,6 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.learner import Learner
-from fastcore.basics import noop
 from rich.console import Console
 from rich.progress import Progress
 
@@ -27,7 +26,6 @@ from .record import Run
 from .registry import LOSSES, SCHEDULES
 from .spec import Spec
 from ..learner import BFloat16, domain_learner
-from ..methods.core import InputNet
 
 # %% ../../nbs/foundations/30_run.ipynb #637e3336
 def precision_on(
@@ -57,9 +55,6 @@ def learner_of(
                            cbs=[TerminateOnNaNCallback(), *precision], every=recipe.every,
                            opt_func=recipe.opt_func(), lr=recipe.lr, wd=recipe.wd)
     learn.seed = spec.seed
-    for cb in learn.cbs: # initial weights now: later, runs in threads would draw them from one generator
-        if isinstance(cb, InputNet):
-            with torch.random.fork_rng(devices=[]): cb.net = cb.make_net(x)
     return learn
 
 # %% ../../nbs/foundations/30_run.ipynb #62d54600
@@ -100,9 +95,7 @@ def fit(
     track,start,epochs = learn.track_domains, time.perf_counter(), spec.recipe.epochs
     if learn.dls.device.type == 'cpu': keep_memory()
     cbs = [EachEpoch(each_epoch)] if each_epoch else []
-    try:
-        with learn.no_bar(), learn.no_logging(): SCHEDULES[spec.recipe.schedule](learn, epochs, cbs=cbs)
-    finally: [getattr(o, 'leave', noop)() for o in learn.cbs if isinstance(o, BFloat16)]
+    with learn.no_bar(), learn.no_logging(): SCHEDULES[spec.recipe.schedule](learn, epochs, cbs=cbs)
     done = bool(track.curve) and track.curve[-1]['epoch'] == epochs-1
     return Run(spec, 'done' if done else 'diverged', track.curve, track.domains_measured, round(time.perf_counter() - start, 1),
                machine_of(learn), versions(), data_hash(learn.dls))

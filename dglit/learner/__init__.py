@@ -4,4 +4,4 @@ from .measuring import evaluate
 from .precision import BFloat16
 from .saving import load_trained, save_trained
 from .selection import RULES, parse_rule, select_epoch
-from .tracking import Answers, TrackDomains, accuracy, answers_on, is_right, trained_modules, weights_of
+from .tracking import Answers, TrackDomains, accuracy, answers_on, is_right

@@ -35,7 +35,8 @@ class ChannelDropout(FeatureEdit):
         module:nn.Module|None=None # Module whose output are the features; None: the model's body
     ):
         super().__init__(module)
-        if rate is not None and not 0 <= rate < 1: raise DglitError(f"rate {rate!r} is not in [0, 1): it is the share of the channels that vanish")
+        if rate is not None and not 0 <= rate < 1:
+            raise DglitError(f"rate {rate!r} is not in [0, 1): it is the share of the channels that vanish")
         self.rate,self.rescale = rate,rescale
 
     def edit(self, features):
