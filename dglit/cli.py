@@ -140,7 +140,8 @@ def reproduce(
     first = specs_of(t, 1, of)[0]
     changes,runs,before = settings_given(set_, options_of((first.data, first.model))), [], None
     while before != (specs := specs_of(t, seeds, of, runs, **changes)): # what a search picks is known when it has run
-        before,runs = specs, sweep_with_progress(specs, out, jobs, backend=backend, address=address)
+        new = sweep_with_progress(specs, out, jobs, backend=backend, address=address)
+        before,runs = specs, list({r.spec: r for r in (*runs, *new)}.values())
         if any(r.status == 'failed' for r in runs): break
     print_report(t, runs, out)
     if any(r.status == 'failed' for r in runs): sys.exit(1)

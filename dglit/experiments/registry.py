@@ -28,6 +28,8 @@ from ..data.background_mnist import background_mnist
 from ..data.colored_mnist import colored_mnist
 from ..data.mnist import load_digits, load_mnist
 from ..data.mnist_mp import mnist_mp, mnist_plain, mnist_up
+from ..data.more_colored_mnist import colored_mnist_three, full_colored_mnist
+from ..data.rotated_mnist import rotated_mnist
 from ..methods.cim import CIM
 from ..methods.decov import DeCov
 from ..methods.dropout import ChannelDropout
@@ -37,6 +39,7 @@ from ..methods.orthogonality import DoubleSoftOrthogonality
 from ..methods.rcl import RCL
 from ..methods.reconstruction import Reconstruction
 from ..methods.rsc import RSC
+from ..methods.sam import SAM
 from ..methods.scl import SCL
 from ..methods.spectral_decoupling import SpectralDecoupling
 from ..methods.vib import VIB
@@ -67,7 +70,8 @@ def from_source(dataset):
 
 # %% ../../nbs/foundations/27_registry.ipynb #c1d0d3f1
 DATASETS = dict(mnist_mp=from_source(mnist_mp), mnist_up=from_source(mnist_up), mnist_plain=from_source(mnist_plain),
-                colored_mnist=from_source(colored_mnist), background_mnist=from_source(background_mnist))
+                colored_mnist=from_source(colored_mnist), background_mnist=from_source(background_mnist),
+                full_colored_mnist=full_colored_mnist, colored_mnist_three=colored_mnist_three, rotated_mnist=rotated_mnist)
 
 # %% ../../nbs/foundations/27_registry.ipynb #51d5f2ea
 MODELS = dict(convnet=ConvNet, mlp=MLP)
@@ -75,7 +79,7 @@ MODELS = dict(convnet=ConvNet, mlp=MLP)
 # %% ../../nbs/foundations/27_registry.ipynb #df458fb7
 METHODS = dict(erm=None, rcl=RCL, dropout=ChannelDropout, orthogonality=DoubleSoftOrthogonality, decov=DeCov, jigsaw=Jigsaw,
                reconstruction=Reconstruction, spectral_decoupling=SpectralDecoupling, rsc=RSC, irm=IRM, vrex=VREx,
-               group_dro=GroupDRO, cim=CIM, vib=VIB, scl=SCL) # erm: plain training
+               group_dro=GroupDRO, cim=CIM, vib=VIB, scl=SCL, sam=SAM) # erm: plain training
 
 # %% ../../nbs/foundations/27_registry.ipynb #a4de0ea2
 LOSSES = dict(cross_entropy=CrossEntropyLossFlat, binary_cross_entropy=BCEWithLogitsLossFlat) # this: one output
