@@ -12,8 +12,7 @@ import glob, hashlib, os, pickle, queue, re, signal, subprocess, sys, tempfile, 
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager, suppress
-from dataclasses import fields
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,20 +22,19 @@ from rich.progress import (BarColumn, MofNCompleteColumn, Progress, ProgressColu
                            TimeElapsedColumn)
 
 from ..core import DglitError, choose, read_text, reason, room, shown, write_whole
-from .run import SOURCES, Run, Spec, _versions, check, run_or_record
-from .tables import read_runs, training
+from .record import Run, read_runs
+from .registry import digits_of, settings_of
+from .run import failed, run_or_record
+from .spec import Spec
 
 # %% ../../nbs/foundations/32_sweep.ipynb #67573337
 def record_name(
     spec:Spec # A training
 ) -> str: # Name of a .json file
-    "The file name of a training's record: the same for specs that differ only in selection rule or table."
-    s,plain = training(spec),Spec()
-    names = sorted(f.name for f in fields(s))
-    differs = {k: getattr(s, k) for k in names if getattr(s, k) != getattr(plain, k)}
-    digest = hashlib.sha256(repr(differs).encode('utf-8', 'surrogatepass')).hexdigest()[:10]
-    given = [f'{k}={v}' for k,v in {**s.settings, **s.data}.items()]
-    words = [s.dataset, s.method, *given, s.source, f'seed{s.seed}']
+    "The file name of a training's record: names and settings for people, and a digest of all that is not the default."
+    digest = hashlib.sha256(repr(spec).encode('utf-8', 'surrogatepass')).hexdigest()[:10]
+    given = [f'{k}={v}' for part in (*spec.methods, spec.data) for k,v in part.settings]
+    words = [spec.data.name, '+'.join(o.name for o in spec.methods) or 'erm', *given, f'seed{spec.seed}']
     return re.sub(r'[^\w.=,+ \[\]()-]', '_', '-'.join(words), flags=re.ASCII)[:150] + f'-{digest}.json'
 
 # %% ../../nbs/foundations/32_sweep.ipynb #c1ca68c2
@@ -51,16 +49,11 @@ def writable(
     return room(folder, (records << 16) + weights, what + (' and weights' if weights else ''))
 
 # %% ../../nbs/foundations/32_sweep.ipynb #04151809
-@cache
-def _digits(source): return SOURCES[source]()
-
 def _finished(path, failed=False):
     "The run in a file, if there is one and it did not fail (or `failed` says that it may)."
     if not os.path.lexists(path): return
     if os.path.isdir(path): raise DglitError(f'{shown(path)} is a folder: move it away')
     return next((r for r in read_runs(path) if failed or r.status != 'failed'), None)
-
-def _failed(spec, error): return Run(spec, 'failed', {}, -1, [], 0., '', _versions(), '', error=error)
 
 @contextmanager
 def _locked(lock, wait=False):
@@ -88,11 +81,11 @@ def _run_one(spec, folder, threads, wait):
             r = _finished(path, failed=wait)
             if r is None:
                 if threads: torch.set_num_threads(threads)
-                r = run_or_record(spec, _digits(spec.source))
+                r = run_or_record(spec)
                 _keep(path, r)
         return r
     except Timeout: return None
-    except Exception: return _failed(spec, traceback.format_exc())
+    except Exception: return failed(spec, traceback.format_exc())
 
 # %% ../../nbs/foundations/32_sweep.ipynb #6ada6338
 def _keep(path, r):
@@ -206,7 +199,7 @@ def _as_they_end(submit, f, specs, *args):
     work = {submit(f, s, *args): s for s in specs}
     for o in as_completed(work):
         try: r = o.result()
-        except Exception as e: r = _failed(work[o], f'{type(e).__name__}: {e}')
+        except Exception as e: r = failed(work[o], f'{type(e).__name__}: {e}')
         yield work[o], r
 
 # %% ../../nbs/foundations/32_sweep.ipynb #05be1fe8
@@ -230,7 +223,7 @@ def workers(
 # %% ../../nbs/foundations/32_sweep.ipynb #1293e0d3
 def label(spec:Spec) -> str:
     "A run in words."
-    return shown(f'{spec.row or spec.method}, seed {spec.seed}')
+    return shown(f'{spec.method}, seed {spec.seed}')
 
 # %% ../../nbs/foundations/32_sweep.ipynb #8aa6f673
 def _keep_all(held, folder, say, new):
@@ -241,9 +234,9 @@ def _keep_all(held, folder, say, new):
 
 def _tell_failures(runs, folder, jobs, say):
     "What failed, where to read more, and what to do."
-    failed = {folder/k: r for k,r in runs.items() if r.status == 'failed'}
-    last = [r.error.splitlines()[-1] for r in failed.values()]
-    for (path,r),o in zip(failed.items(), last):
+    lost = {folder/k: r for k,r in runs.items() if r.status == 'failed'}
+    last = [r.error.splitlines()[-1] for r in lost.values()]
+    for (path,r),o in zip(lost.items(), last):
         say(f'{label(r.spec)} failed: {o} (see {path}). The same sweep again tries it again')
     killed = sum(o.startswith(('ChildProcessError','KilledWorker')) for o in last)
     if killed and jobs > 1:
@@ -260,7 +253,6 @@ def sweep(
     address:str=''
 ) -> list: # The runs of all `specs`, those that were there already included
     "Run the specs that have no record in `folder` yet."
-    for s in specs: check(s)
     folder,tell = Path(folder),lambda o: say(shown(o))
     specs,runs,held = {record_name(s): s for s in specs},{},{}
     for k in specs:
@@ -269,7 +261,8 @@ def sweep(
     missing = [specs[k] for k,r in runs.items() if r is None]
     if not missing: return list(runs.values())
     writable(folder, len(missing))
-    for o in {s.source for s in missing}: _digits(o) # data that are missing are an error now
+    for s in missing: # digits that are missing are an error now
+        if 'digits' in settings_of(s.data.name, 'dataset'): digits_of(s.data['digits'])
     there,threads = len(runs) - len(missing),None if backend == 'dask' else max(1, cpu_count()//jobs)
     try:
         with workers(backend, address, jobs) as each:
@@ -297,14 +290,14 @@ def seconds_left(
     jobs:int=1 # Runs at a time
 ) -> float|None: # None if nothing tells
     "An estimate of the time that runs will take, from those that are done."
-    times = defaultdict(list)
+    times,names = defaultdict(list),lambda spec: tuple(o.name for o in spec.methods)
     for r in runs:
-        if r.curve: times[r.spec.method].append(r.seconds/(r.curve[-1]['epoch'] + 1))
+        if r.measured: times[names(r.spec)].append(r.seconds/(r.measured[-1]['epoch'] + 1))
     if not specs: return 0.
     if not times: return None
     mean = lambda o: sum(o)/len(o)
     each,of_all = {k: mean(o) for k,o in times.items()},mean(sum(times.values(), []))
-    return sum(each.get(s.method, of_all)*s.epochs for s in specs)/min(jobs, len(specs))
+    return sum(each.get(names(s), of_all)*s.recipe.epochs for s in specs)/min(jobs, len(specs))
 
 # %% ../../nbs/foundations/32_sweep.ipynb #67f388f5
 class _Left(ProgressColumn):
@@ -334,7 +327,7 @@ def sweep_with_progress(
         task = bar.add_task('runs', total=len(specs), completed=len(specs) - len(left), ends=ends())
         say = lambda s: bar.console.print(s, highlight=False, soft_wrap=True, markup=False)
         def finished(r, done, total):
-            figures = '  '.join(f'{k} {v:.1f}' for k,v in r.metrics.items()) or r.status
+            figures = '  '.join(f'{k} {v:.1f}' for k,v in r.at('last').items()) or r.status
             say(f'{label(r.spec)}: {figures}  ({r.seconds:.0f} s)')
             runs.append(r); left.pop(record_name(r.spec), None)
             bar.update(task, completed=done, ends=ends())
