@@ -77,7 +77,7 @@ def to_json(self:Run) -> str:
 # %% ../../nbs/foundations/29_record.ipynb #4c4cf9eb
 def is_text(o): return isinstance(o, str) and o.isprintable()
 def is_whole(o): return isinstance(o, int) and not isinstance(o, bool)
-def is_number(o): return isinstance(o, (int,float)) and not isinstance(o, bool) and isfinite(o)
+def is_number(o): return isinstance(o, (int,float)) and not isinstance(o, bool) and abs(o) < 1e300
 def is_names(o): return isinstance(o, list) and all(map(is_text, o))
 
 class Fields:
