@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from ..core import DglitError, choose
-from .registry import LOSSES, OPTIMIZERS, PRECISIONS, REGISTRIES, SCHEDULES, as_setting, settings_of
+from .registry import LOSSES, OPTIMIZERS, PRECISIONS, REGISTRIES, SCHEDULES
+from .registry import as_setting, settings_of
 
 # %% ../../nbs/foundations/28_spec.ipynb #166532d3
 def try_out(kind, name, settings):
@@ -25,7 +26,8 @@ def try_out(kind, name, settings):
     factory = REGISTRIES[kind][name]
     if kind == 'method' and factory: factory(**settings)
     if kind == 'model' and isinstance(factory, type) and issubclass(factory, nn.Module):
-        with torch.device('meta'), torch.random.fork_rng(devices=[]): factory(3, 10, 32, **settings) # no memory, no numbers
+        with torch.device('meta'), torch.random.fork_rng(devices=[]):
+            factory(3, 10, 32, **settings) # no memory, no numbers
 
 # %% ../../nbs/foundations/28_spec.ipynb #ca022c45
 def checked(kind, name, settings):
@@ -48,10 +50,13 @@ class Part:
 
     def __init__(self, name:str, /, **settings):
         kinds = [k for k,registry in REGISTRIES.items() if name in registry]
-        if not kinds: choose(name, [o for registry in REGISTRIES.values() for o in registry], 'dataset, model or method')
+        if not kinds:
+            choose(name, [o for registry in REGISTRIES.values() for o in registry],
+                   'dataset, model or method')
         key = REGISTRIES[kinds[0]][name], repr(settings) # repr, as 1, 1.0 and True are equal
         if key not in CHECKED: CHECKED[key] = checked(kinds[0], name, settings)
-        for k,v in dict(kind=kinds[0], name=name, settings=CHECKED[key]).items(): object.__setattr__(self, k, v)
+        for k,v in dict(kind=kinds[0], name=name, settings=CHECKED[key]).items():
+            object.__setattr__(self, k, v)
 
     def __getitem__(self, setting): # what was given, or the default
         return dict(self.settings).get(setting, settings_of(self.name, self.kind)[setting].default)
@@ -87,9 +92,11 @@ class Recipe:
             object.__setattr__(self, f.name, as_setting('recipe', f.name, getattr(self, f.name), p))
         for k,options in dict(opt=OPTIMIZERS, schedule=SCHEDULES, loss=LOSSES, precision=PRECISIONS).items():
             choose(getattr(self, k), options, k)
-        for k,ok,says in (('epochs', self.epochs > 0, 'above 0'), ('bs', self.bs is None or self.bs > 0, 'above 0, or None'),
+        for k,ok,says in (('epochs', self.epochs > 0, 'above 0'),
+                          ('bs', self.bs is None or self.bs > 0, 'above 0, or None'),
                           ('lr', self.lr > 0, 'above 0'), ('every', self.every > 0, 'above 0'),
-                          ('momentum', 0 <= self.momentum < 1, 'from 0 to 1, without 1'), ('wd', self.wd >= 0, '0 or more')):
+                          ('momentum', 0 <= self.momentum < 1, 'from 0 to 1, without 1'),
+                          ('wd', self.wd >= 0, '0 or more')):
             if not ok: raise DglitError(f"recipe: {k} {getattr(self, k)!r}: needed {says}")
 
     def opt_func(self):
@@ -103,13 +110,15 @@ def as_part(given, kind):
     if isinstance(given, str):
         choose(given, REGISTRIES[kind], kind)
         given = Part(given)
-    if not isinstance(given, Part): raise DglitError(f"{kind} {given!r}: needed a name, or a Part such as Part('rcl', margin=.9)")
+    if not isinstance(given, Part):
+        raise DglitError(f"{kind} {given!r}: needed a name, or a Part such as Part('rcl', margin=.9)")
     if given.kind != kind: raise DglitError(f"{given} is a {given.kind}: needed a {kind}")
     return given
 
 def as_methods(given):
     "Methods from names joined by '+', a part, or a list of these; 'erm' is none."
-    each = given.split('+') if isinstance(given, str) else given if isinstance(given, (list,tuple)) else [given]
+    if isinstance(given, str): given = given.split('+')
+    each = given if isinstance(given, (list,tuple)) else [given]
     parts = [as_part(o, 'method') for o in each]
     names = [o.name for o in parts]
     if len(set(names)) < len(names): raise DglitError(f"methods {'+'.join(names)}: each of them once")
@@ -120,7 +129,8 @@ def options_of(
     parts # A dataset, a model, methods
 ) -> dict: # Name of the part, or 'recipe' -> name of the setting -> parameter
     "All that can be set, by whose it is."
-    return {**{o.name: settings_of(o.name, o.kind) for o in parts}, 'recipe': dict(signature(Recipe).parameters)}
+    return {**{o.name: settings_of(o.name, o.kind) for o in parts},
+            'recipe': dict(signature(Recipe).parameters)}
 
 def owner_of(
     name:str, # Of a setting, or 'part.setting'
@@ -129,7 +139,8 @@ def owner_of(
     "Whose setting it is; a `DglitError` if nobody's, or if two parts have it."
     part,_,setting = name.rpartition('.')
     owners = [o for o,settings in options.items() if setting in settings and part in ('', o)]
-    if len(owners) > 1: raise DglitError(f"setting {name!r} is one of {' and '.join(owners)}: give {owners[0]}.{name}")
+    if len(owners) > 1:
+        raise DglitError(f"setting {name!r} is one of {' and '.join(owners)}: give {owners[0]}.{name}")
     names = [f'{o}.{k}' if part else k for o,settings in options.items() for k in settings]
     if not owners: choose(name, names, 'setting')
     return owners[0], setting
@@ -157,23 +168,29 @@ class Spec:
         for k,v in settings.items():
             owner,setting = owner_of(k, options)
             given.setdefault(owner, {})[setting] = v
-        data,model,*methods = (Part(o.name, **{**dict(o.settings), **given[o.name]}) if o.name in given else o for o in parts)
+        data,model,*methods = (Part(o.name, **{**dict(o.settings), **given[o.name]})
+                               if o.name in given else o for o in parts)
         if 'recipe' in given: recipe = Recipe(**{**asdict(recipe), **given['recipe']})
-        seed = as_setting('spec', 'seed', seed, Parameter('seed', Parameter.KEYWORD_ONLY, default=0, annotation=int))
+        seed = as_setting('spec', 'seed', seed,
+                          Parameter('seed', Parameter.KEYWORD_ONLY, default=0, annotation=int))
         if not 0 <= seed < 2**32: raise DglitError(f"seed {seed}: needed 0 to {2**32-1}")
-        for f,v in zip(fields(self), (data, model, tuple(methods), recipe, seed)): object.__setattr__(self, f.name, v)
+        for f,v in zip(fields(self), (data, model, tuple(methods), recipe, seed)):
+            object.__setattr__(self, f.name, v)
 
     @property
     def training(self): return self.data, self.model, self.methods, self.recipe # all but the seed
     @property
     def method(self): return '+'.join(map(repr, self.methods)) or 'erm'
     def __repr__(self):
-        recipe = [f'{f.name}={v!r}' for f in fields(Recipe) if (v := getattr(self.recipe, f.name)) != f.default]
-        return f"Spec({', '.join([repr(self.data), repr(self.model), self.method, *recipe])}, seed={self.seed})"
+        recipe = [f'{f.name}={v!r}' for f in fields(Recipe)
+                  if (v := getattr(self.recipe, f.name)) != f.default]
+        parts = [repr(self.data), repr(self.model), self.method, *recipe, f'seed={self.seed}']
+        return f"Spec({', '.join(parts)})"
 
 # %% ../../nbs/foundations/28_spec.ipynb #b56ede36
 def to_dict(spec:Spec) -> dict:
     "The description as JSON can hold it, but for infinities."
-    def part(o): return dict(name=o.name, settings={k: list(v) if isinstance(v, tuple) else v for k,v in o.settings})
+    def part(o):
+        return dict(name=o.name, settings={k: list(v) if isinstance(v, tuple) else v for k,v in o.settings})
     return dict(data=part(spec.data), model=part(spec.model), methods=[part(o) for o in spec.methods],
                 recipe=asdict(spec.recipe), seed=spec.seed)

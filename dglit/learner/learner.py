@@ -29,4 +29,6 @@ def domain_learner(
     "A Learner that measures every test domain as it trains and keeps the selected epoch."
     each = lambda o: list(o) if isinstance(o, (list,tuple)) else [o]
     return Learner(dls, model, loss_func or CrossEntropyLossFlat(), metrics=[accuracy, *each(metrics)],
-                   cbs=[TakeDomain(), *each(methods), *(o for o in each(cbs) if not isinstance(o, TakeDomain)), TrackDomains(rule, every)], **kwargs)
+                   cbs=[TakeDomain(), *each(methods),
+                        *(o for o in each(cbs) if not isinstance(o, TakeDomain)), TrackDomains(rule, every)],
+                        **kwargs)
