@@ -17,7 +17,7 @@ from .core import DomainMethod
 
 # %% ../../nbs/irm/03_methods.ipynb #2379b767
 class InvarianceMethod(DomainMethod):
-    "A `DomainMethod` whose weight steps up, with the whole loss then divided by it: the recipe of IRM's authors."
+    "A `DomainMethod` whose weight steps up, the whole loss then divided by it: the recipe of IRM's authors."
     order = 5.5 # after the methods that add a term, as it divides their sum
     def __init__(self,
         weight:float=1e4, # Weight of the penalty from `anneal_steps` on: a number, or a fastai schedule
@@ -31,8 +31,9 @@ class InvarianceMethod(DomainMethod):
     def after_pred(self):
         super().after_pred()
         if len(self.domain_ids) > 1: return
-        raise DglitError(f"{type(self).__name__} compares domains, and this batch of {len(self.domain)} is all "
-                         f"of domain {self.domain[0]}: mix them, as DomainLoaders.from_tensors(..., balanced=True) does")
+        n,only = len(self.domain),self.domain[0]
+        raise DglitError(f"{type(self).__name__} compares domains, and this batch of {n} is all of domain "
+                         f"{only}: mix them, as DomainLoaders.from_tensors(..., balanced=True) does")
 
     def weight_now(self):
         w,step = super().weight_now(), self.epoch*self.n_iter + self.iter
@@ -73,7 +74,7 @@ class VREx(InvarianceMethod):
 
 # %% ../../nbs/irm/03_methods.ipynb #7e87a1a6
 class GroupDRO(DomainMethod):
-    "Group distributionally robust optimization (Sagawa et al. 2020, Algorithm 1); `q` are the weights of the domains."
+    "Group distributionally robust optimization (Sagawa et al. 2020, Algorithm 1)."
     ids = log_q = None
     def __init__(self,
         weight:float=1., # 1: the robust risk in place of the mean; 0: plain training
@@ -103,5 +104,6 @@ class GroupDRO(DomainMethod):
 
     @property
     def q(self) -> Tensor: # [E], in the order of `ids`
-        if self.log_q is None: raise DglitError("GroupDRO has no weights yet: they are made in training; fit first")
-        return self.log_q.softmax(0)
+        "The weights of the domains that training has met."
+        if self.log_q is not None: return self.log_q.softmax(0)
+        raise DglitError("GroupDRO has no weights yet: they are made in training, by fit")
