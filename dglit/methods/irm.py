@@ -80,7 +80,7 @@ class VREx(InvarianceMethod):
 
 # %% ../../nbs/irm/03_methods.ipynb #7e87a1a6
 class GroupDRO(DomainMethod):
-    "Group distributionally robust optimization (Sagawa et al. 2020, Algorithm 1); `q` are the weights of the domains."
+    "Group distributionally robust optimization (Sagawa et al. 2020, Algorithm 1)."
     ids = log_q = None
     def __init__(self,
         weight:float=1., # 1: the robust risk in place of the mean; 0: plain training
@@ -110,5 +110,6 @@ class GroupDRO(DomainMethod):
 
     @property
     def q(self) -> Tensor: # [E], in the order of `ids`
-        if self.log_q is None: raise DglitError("GroupDRO has no weights yet: they are made in training; fit first")
-        return self.log_q.softmax(0)
+        "The weights of the domains that training has met."
+        if self.log_q is not None: return self.log_q.softmax(0)
+        raise DglitError("GroupDRO has no weights yet: they are made in training, by fit")
