@@ -77,7 +77,7 @@ def files_inside(
 ) -> list: # Paths
     "The files of a table; a `DataError` names the line that leads elsewhere."
     folder,seen = os.path.abspath(Path(folder).expanduser()),{}
-    if not os.path.isdir(folder): raise DataError(f'{folder} is no folder: give the one that paths start from')
+    if not os.path.isdir(folder): raise DataError(f'{folder} is no folder: give the one that paths are of')
     for line,name in names.items():
         if not name: raise DataError(f'line {line}: no file is named')
         if not os.path.exists(os.path.join(folder, name)): name = name.replace('\\', '/')
@@ -100,8 +100,8 @@ def named_splits(
         if o.lower().startswith('test'): return o
         try: return SPLITS[str(int(float(o))) if _number.fullmatch(o) else o.lower()]
         except KeyError:
-            raise DataError(f"line {line}: split {o!r}: needed 'train', 'valid', 'test', a name that begins with "
-                            "'test', or 0, 1, 2") from None
+            raise DataError(f"line {line}: split {o!r}: needed 'train', 'valid', 'test', a name that begins "
+                            "with 'test', or 0, 1, 2") from None
     return [named(line, o) for line,o in values.items()]
 
 def drawn_splits(
@@ -134,13 +134,13 @@ def check_table(
     needs(len(vocab) <= max(len(table)/2, 2),
           f'{len(vocab)} classes in {len(table)} images: is this the column of labels?')
     for o,name in ((train,'train'), (valid,'valid')): needs(len(o), f'no image is in {name!r}: it needs some')
-    needs(train.y.nunique() > 1, f'all training images are of one class, {vocab[train.y.iloc[0]]!r}: needed two')
+    needs(train.y.nunique() > 1, f'all training images are of one class, {vocab[train.y.iloc[0]]!r}')
     for line,c in table.y[~table.y.isin(train.y)].items():
         raise DataError(f'line {line}: class {vocab[c]!r} has no image in training')
     for name,o in table.groupby('split'):
         lacks = o.index[o.group < 0]
-        needs(len(lacks) in (0, len(o)), f'line {next(iter(lacks), 0)}: no group, though others in {name!r} have one: '
-              "write one for all of them, such as 'unknown', or for none")
+        needs(len(lacks) in (0, len(o)), f'line {next(iter(lacks), 0)}: no group, others in {name!r} have '
+              "one: write one for all of them, such as 'unknown', or for none")
     needs(len(groups) != 1, f'one group only, {next(iter(groups), 0)!r}: leave the column of groups away')
     if (train.group >= 0).all():
         for line,g in valid.group[(valid.group >= 0) & ~valid.group.isin(train.group)].items():
@@ -150,7 +150,8 @@ def check_table(
 # %% ../../nbs/photographs/03_image_groups.ipynb #1f1ee8aa
 def _take(images, rows):
     together = len(rows) and rows[-1] - rows[0] == len(rows)-1 and (np.diff(rows) == 1).all()
-    return images[rows[0]:rows[-1]+1] if together else images[torch.from_numpy(rows)]
+    if together: return images[rows[0]:rows[-1]+1]
+    return images.permute(0, 2, 3, 1)[torch.from_numpy(rows)].permute(0, 3, 1, 2)
 
 # %% ../../nbs/photographs/03_image_groups.ipynb #dc063987
 def photo_loaders(
@@ -180,10 +181,10 @@ def photo_loaders(
         y,g = (torch.tensor(table[o].to_numpy()[at]) for o in ('y','group'))
         tensors = (_take(images, at), y, g) if (g >= 0).all() and groups else (_take(images, at), y)
         return PhotoLoader(TensorDataset(*tensors), bs=bs, device=device, vocab=vocab, **kw)
-    tests = [o for o in table.split.unique() if o not in ('train','valid')]
     train = loader('train', shuffle=True, seed=seed, balanced=balanced, augment=augment)
-    return PhotoLoaders(train, loader('valid'), {o: loader(o) for o in tests}, vocab, group_names=dict(enumerate(groups)), size=size,
-                        resize=resize, left_out=wrong.values(), differs=differs)
+    tests = {o: loader(o) for o in table.split.unique() if o not in ('train','valid')}
+    return PhotoLoaders(train, loader('valid'), tests, vocab, size=size, resize=resize,
+                        group_names=dict(enumerate(groups)), left_out=wrong.values(), differs=differs)
 
 # %% ../../nbs/photographs/03_image_groups.ipynb #4a4d289b
 def _empty(o): return o.lower() in ('', 'nan')
@@ -191,7 +192,7 @@ def _empty(o): return o.lower() in ('', 'nan')
 def _labels(values):
     "Classes, none of them missing."
     for line,o in values.items():
-        if _empty(o): raise DataError(f"line {line}: the label is {o!r}: give each image a class, or remove it")
+        if _empty(o): raise DataError(f"line {line}: the label is {o!r}: give every image a class")
     return numbered(list(values))
 
 def _groups(values, y, vocab, cross):
