@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 GLOSSARY = ROOT/'nbs/guides/90_glossary.ipynb'
 ABBREVIATION = re.compile(r'(?<![\w/.])(?:[A-Za-z]-)?\w*[A-Z]{2}[A-Za-z]*\d?(?:-(?:[A-Z]{2}\w*|\d))?(?![\w/]|\.\w)')
-NAMES = {'README', 'CONTRIBUTING', 'CHANGELOG', 'NVIDIA', 'MB', 'GB', 'KB', 'OK'}  # of files, units and the like
+NAMES = {'README', 'CONTRIBUTING', 'CHANGELOG', 'NVIDIA', 'UTF', 'MB', 'GB', 'KB', 'OK'}  # of files, units and the like
 VENUE = r'\b[A-Z]\w*[A-Z]+(?: Workshops)? (?:19|20)\d\d'                   # ICML 2021
 GREEK = ('alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi pi rho sigma tau phi chi psi '
          'omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell odot nabla').split()
