@@ -48,8 +48,7 @@ def domain_learner(
 ) -> Learner:
     "A Learner that measures every test domain as it trains and keeps the selected epoch."
     each = lambda o: list(o) if isinstance(o, (list,tuple)) else [o]
-    loss_func = loss_func or CrossEntropyLossFlat()
-    check_targets(dls, loss_func)
-    others = [o for o in each(cbs) if not isinstance(o, TakeDomain)]
-    cbs = [TakeDomain(), *each(methods), *others, TrackDomains(rule, every)]
-    return Learner(dls, model, loss_func, metrics=[accuracy, *each(metrics)], cbs=cbs, **kwargs)
+    return Learner(dls, model, loss_func or CrossEntropyLossFlat(), metrics=[accuracy, *each(metrics)],
+                   cbs=[TakeDomain(), *each(methods),
+                        *(o for o in each(cbs) if not isinstance(o, TakeDomain)), TrackDomains(rule, every)],
+                        **kwargs)
