@@ -36,7 +36,7 @@ def check_targets(
 
 # %% ../../nbs/foundations/22_learner.ipynb #5fa782c0
 def domain_learner(
-    dls, # `DomainLoaders`, or any fastai `DataLoaders`
+    dls, # `DomainLoaders`, or any fastai `DataLoaders`, of PyTorch's own loaders too
     model, # A model with a `body` (features) and a `head` (classifier)
     methods=(), # A method such as `RCL()`, or a list of them; none is ERM
     rule:str='best:valid', # Which epoch's weights to keep: see `select_epoch`
@@ -48,7 +48,8 @@ def domain_learner(
 ) -> Learner:
     "A Learner that measures every test domain as it trains and keeps the selected epoch."
     each = lambda o: list(o) if isinstance(o, (list,tuple)) else [o]
-    return Learner(dls, model, loss_func or CrossEntropyLossFlat(), metrics=[accuracy, *each(metrics)],
-                   cbs=[TakeDomain(), *each(methods),
-                        *(o for o in each(cbs) if not isinstance(o, TakeDomain)), TrackDomains(rule, every)],
-                        **kwargs)
+    loss_func = loss_func or CrossEntropyLossFlat()
+    check_targets(dls, loss_func)
+    others = [o for o in each(cbs) if not isinstance(o, TakeDomain)]
+    cbs = [TakeDomain(), *each(methods), *others, TrackDomains(rule, every)]
+    return Learner(dls, model, loss_func, metrics=[accuracy, *each(metrics)], cbs=cbs, **kwargs)
