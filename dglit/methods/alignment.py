@@ -16,13 +16,13 @@ from ..core import DglitError
 from ..losses.feature_statistics import coral_penalty
 from .core import DomainMethod, LastFeatureMethod, SideNet
 
-# %% ../../nbs/family/13_alignment.ipynb #bea28e9f
+# %% ../../nbs/family/13_alignment.ipynb #c751dd50
 class CORAL(LastFeatureMethod, DomainMethod):
     "Alike means and covariances of the last layer's inputs (Sun and Saenko, 2016; as DomainBed has it)."
     def term(self):
         if len(self.domain_ids) < 2:
-            raise DglitError(f"CORAL compares domains, and this batch of {len(self.domain)} is all of domain "
-                             f"{self.domain[0]}: mix them, as DomainLoaders.from_tensors(..., balanced=True) does")
+            raise DglitError(f"CORAL compares domains, and this batch of {len(self.domain)} is all of "
+                             f"domain {self.domain[0]}: mix them, as DomainLoaders.from_tensors(balanced=True) does")
         return coral_penalty(self.features, self.domain_index, len(self.domain_ids))
 
 # %% ../../nbs/family/13_alignment.ipynb #50f03940
@@ -33,7 +33,7 @@ def reverse_gradient(
     "The identity, whose gradient is turned round (Ganin et al., 2016)."
     return (1 + strength)*x.detach() - strength*x
 
-# %% ../../nbs/family/13_alignment.ipynb #81e75611
+# %% ../../nbs/family/13_alignment.ipynb #39d810c4
 class DANN(SideNet, DomainMethod):
     "Domain-adversarial training: features from which a network cannot tell the domain (Ganin et al., 2016)."
     known = None
@@ -42,7 +42,7 @@ class DANN(SideNet, DomainMethod):
         strength:float=1., # Of the reversed gradient; 0: the discriminator only looks on
         hidden:int=256, # Width of the discriminator
         domains:tuple[int,...]|None=None, # All training domains; None: those of the first batch
-        module:nn.Module|None=None # Module whose input are the features [N,D]; None: the model's last linear layer
+        module:nn.Module|None=None # Module whose input are the features [N,D]; None: the model's last layer
     ):
         super().__init__(weight, module)
         self.strength,self.hidden,self.domains = strength,hidden,domains
@@ -51,10 +51,11 @@ class DANN(SideNet, DomainMethod):
     def make_net(self, features):
         self.known = self.domain.new_tensor(sorted(self.domains)) if self.domains else self.domain.unique()
         if len(self.known) < 2:
-            raise DglitError(f"DANN tells domains apart, and the first batch of {len(features)} is all of domain "
-                             f"{self.domain[0]}: mix them, as DomainLoaders.from_tensors(..., balanced=True) does")
+            raise DglitError(f"DANN tells domains apart, and the first batch of {len(features)} is all of "
+                             f"domain {self.domain[0]}: mix them, as DomainLoaders.from_tensors(balanced=True) does")
         wide,h = features.flatten(1).shape[1], self.hidden
-        return nn.Sequential(nn.Linear(wide, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, len(self.known)))
+        return nn.Sequential(nn.Linear(wide, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(),
+                             nn.Linear(h, len(self.known)))
 
     def term(self):
         index = torch.searchsorted(self.known, self.domain).clamp(max=len(self.known)-1)
