@@ -14,11 +14,17 @@ from dglit.data.two_clues import *
 from dglit.data.unit_tests import *
 from dglit.experiments.causal import *
 from dglit.experiments.latent import *
-from dglit.experiments.run import Run, Spec, run
-from dglit.experiments.sweep import sweep
-from dglit.experiments.tables import CIM_BACKGROUND_MNIST, IRM_COLORED_MNIST, RCL_TABLE2, TABLES, as_markdown, cim_by_alpha, plot_table, read_runs, report, runs_of, summarise
+from dglit.experiments.record import *
+from dglit.experiments.registry import *
+from dglit.experiments.run import *
+from dglit.experiments.search import *
+from dglit.experiments.spec import *
+from dglit.experiments.sweep import *
+from dglit.experiments.tables import *
 from dglit.learner.learner import *
+from dglit.learner.measuring import *
 from dglit.learner.precision import *
+from dglit.learner.rich_features import *
 from dglit.learner.saving import *
 from dglit.learner.selection import *
 from dglit.learner.tracking import *
@@ -60,3 +66,8 @@ from dglit.methods.vib import *
 from dglit.models.convnet import *
 from dglit.models.mlp import *
 from dglit.models.transformation import *
+from dglit.papers import SEARCHES, TABLES
+from dglit.papers.cim import CIM_BACKGROUND_MNIST, CIM_SEARCH
+from dglit.papers.irm import IRM_COLORED_MNIST, IRM_RISKS, IRM_SEARCH
+from dglit.papers.rcl import RCL_OPEN_POINTS, RCL_TABLE2
+from dglit.style import *

@@ -1,5 +1,5 @@
 "The repository itself: notebooks, exports, imports, README, packages."
-import ast, json, re, subprocess, sys, tarfile, zipfile
+import ast, json, os, re, subprocess, sys, tarfile, zipfile
 from pathlib import Path
 
 import pytest
@@ -31,9 +31,9 @@ def test_export_is_current(tmp_path):
     for name in made: assert strip(made[name]) == strip(there[name]), f'{name} is not what its notebook exports: run nbdev-export'
 
 
-FLOORS = ['core', 'data', 'models', 'losses', 'methods', 'learner', 'experiments', 'cli']
-MAY = dict(core=[], data=['core'], models=['core'], losses=['core'], methods=['core','models','losses'], learner=['core','data','models','methods'],
-           experiments=['core','data','models','methods','learner'], cli=['core','learner','experiments'])
+FLOORS = ['core', 'style', 'data', 'models', 'losses', 'methods', 'learner', 'experiments', 'cli']
+MAY = dict(core=[], style=[], data=['core'], models=['core'], losses=['core'], methods=['core','models','losses'], learner=['core','data','models','methods'],
+           experiments=['core','style','data','models','methods','learner'], cli=['core','learner','experiments'])
 
 
 @pytest.mark.parametrize('module', [o for o in MODULES if o.name not in ('__init__.py','all.py','_modidx.py')], ids=lambda o: str(o.relative_to(ROOT)))
@@ -95,11 +95,39 @@ def test_readme_commands_are_what_ci_runs():
 
 
 def test_packages(tmp_path):
-    "A wheel built from the sdist, as pip builds it, has every module and every dependency."
-    subprocess.run([sys.executable, '-m', 'build', '--outdir', str(tmp_path), str(ROOT)], check=True, capture_output=True)
-    names = zipfile.ZipFile(next(tmp_path.glob('*.whl'))).namelist()
+    "A wheel built from the sdist, as pip builds it, has every module and every dependency, and runs elsewhere."
+    command = [sys.executable, '-m', 'build', '--outdir', str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    wheel, sdist = (next(tmp_path.glob(o)) for o in ('*.whl', '*.tar.gz'))
+    names = zipfile.ZipFile(wheel).namelist()
     for m in MODULES: assert str(m.relative_to(ROOT)) in names
-    sdist = tarfile.open(next(tmp_path.glob('*.tar.gz')))
-    assert any(o.endswith('/settings.ini') for o in sdist.getnames())
-    meta = zipfile.ZipFile(next(tmp_path.glob('*.whl'))).read(next(o for o in names if o.endswith('METADATA'))).decode()
+    assert any(o.endswith('/settings.ini') for o in tarfile.open(sdist).getnames())
+    meta = zipfile.ZipFile(wheel).read(next(o for o in names if o.endswith('METADATA'))).decode()
     assert 'Requires-Dist: torch>=2.4' in meta and 'Provides-Extra: dev' in meta
+    for o in (wheel, sdist): works_from(o, tmp_path/o.name[-3:])
+
+
+def works_from(package, folder):
+    "`dglit --help` and `dglit list` run from `package`, installed in `folder`, with this environment's dependencies."
+    pip = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', str(folder), str(package)]
+    subprocess.run(pip, check=True, capture_output=True)
+    code = 'import sys, dglit; print(dglit.__file__); from dglit.cli import main; main()'
+    for argument, expected in ('--help', 'reproduce'), ('list', 'rcl'):
+        done = subprocess.run([sys.executable, '-c', code, argument], cwd=folder, capture_output=True, text=True,
+                              env={**os.environ, 'PYTHONPATH': str(folder)})
+        assert done.returncode == 0 and expected in done.stdout and str(folder) in done.stdout, done.stderr
+
+
+def test_versions_agree():
+    import dglit, yaml
+    assert yaml.safe_load((ROOT/'CITATION.cff').read_text(encoding='utf-8'))['version'] == dglit.__version__
+    assert f'\n## {dglit.__version__}\n' in (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')
+
+
+def test_python_versions_agree():
+    "What the classifiers promise, the workflow tests; the site says the first and the last."
+    import yaml
+    said = re.findall(r'Python :: (3\.\d+)"', (ROOT/'pyproject.toml').read_text())
+    workflow = yaml.safe_load((ROOT/'.github/workflows/tests.yml').read_text())
+    assert [o['python'] for o in workflow['jobs']['test']['strategy']['matrix']['include']] == said
+    assert f'Python {said[0]} to {said[-1]}' in (ROOT/'README.md').read_text(encoding='utf-8')

@@ -11,7 +11,7 @@ __all__ = ['domain_ids', 'domain_index', 'domain_means', 'mean_over_domains', 'v
 import torch
 from torch import Tensor
 
-from ..core import DglitError, at_least_float32, one_each
+from ..core import DglitError, at_least_float32, whole_numbers
 
 # %% ../../nbs/foundations/05_domains.ipynb #416f4385
 def domain_ids(
@@ -19,12 +19,7 @@ def domain_ids(
     n:int # Number of examples
 ) -> Tensor: # int64 [N]
     "The domain of each example; a `DglitError` for what is no whole number."
-    d = one_each(domains, n, 'domains')
-    if d.is_floating_point():
-        whole = (d == d.round()) & (d.abs() <= 2/torch.finfo(d.dtype).eps)
-        if not whole.all(): raise DglitError(f"domain {d[~whole][0].item()} in {d.dtype}: "
-                                             "needed whole numbers that this type tells apart; give integers")
-    return d.long()
+    return whole_numbers(domains, n, 'domains')
 
 # %% ../../nbs/foundations/05_domains.ipynb #699c71fe
 def domain_index(
@@ -50,7 +45,7 @@ def domain_means(
     index,n = (_ranks(d),len(d)) if n_domains is None else (d,n_domains)
     try: counts = v.new_zeros(n).index_add(0, index, torch.ones_like(index, dtype=v.dtype))
     except IndexError as e:
-        raise DglitError(f"domains outside 0 to {n-1}: number them with domain_index, or leave n_domains out") from e
+        raise DglitError(f"domains outside 0 to {n-1}: number them with domain_index") from e
     sums = v.new_zeros([n, *v.shape[1:]]).index_add(0, index, v)
     return sums/counts.clamp(min=1).view(-1, *[1]*(v.ndim-1)), counts
 

@@ -22,25 +22,25 @@ def _cross_entropy(z, y):
     return (z.softmax(1)*z).sum(1) - z.gather(1, one_each(y, len(z)).long()[:,None])[:,0]
 def _binary_cross_entropy(z, y): return (z.sigmoid() - y)*z
 def _squared_error(z, y): return 2*(z - y)*z
-SLOPES = dict(cross_entropy=_cross_entropy, binary_cross_entropy=_binary_cross_entropy, squared_error=_squared_error)
+SLOPES = dict(cross_entropy=_cross_entropy, binary_cross_entropy=_binary_cross_entropy,
+              squared_error=_squared_error)
 
 # %% ../../nbs/irm/02_penalty.ipynb #15ed52cf
 def scale_slopes(
     logits:Tensor, # Outputs of the network [N] or [N,K], before any softmax or sigmoid
-    targets:Tensor, # Classes [N] for cross-entropy; as many numbers as outputs for the others, whose loss is the mean over K
-    loss='cross_entropy' # One of `SLOPES`, or a function of (logits, targets) that gives each example's loss [N]
+    targets:Tensor, # Classes [N] for cross-entropy; as many as outputs for the others, with their mean
+    loss='cross_entropy' # One of `SLOPES`, or a function of (logits, targets) that gives each one's loss [N]
 ) -> Tensor: # [N], in float32 at least
     "Slope of each example's loss in a scale of the outputs, at scale 1."
     z,y = at_least_float32(logits),targets
-    if len(y) != len(z): raise DglitError(f"targets of shape {tuple(y.shape)} for outputs {tuple(z.shape)}: needed {len(z)}")
+    fits = len(y) == len(z) and (callable(loss) or loss == 'cross_entropy' or y.numel() == z.numel())
+    if not fits: raise DglitError(f"targets {tuple(y.shape)} for outputs {tuple(z.shape)}: needed as many")
     if z.ndim > 1 and z.shape[1] > 1 and y.shape == (len(z), 1): y = y[:,0]
     if callable(loss):
         ones = z.new_ones([len(z)] + [1]*(z.ndim-1))
         return torch.func.grad(lambda w: loss(w*z, y).sum())(ones).reshape(len(z))
     slope = choose(loss, SLOPES, 'loss')
-    if loss != 'cross_entropy':
-        if y.numel() != z.numel(): raise DglitError(f"{loss} of targets {tuple(y.shape)} and outputs {tuple(z.shape)}: needed as many")
-        y = y.reshape(z.shape).to(z)
+    if loss != 'cross_entropy': y = y.reshape(z.shape).to(z)
     return slope(z, y).reshape(len(z), -1).mean(1)
 
 # %% ../../nbs/irm/02_penalty.ipynb #d6b8d049
@@ -52,7 +52,7 @@ def irm_penalty(
     unbiased:bool=False, # Mean over pairs of examples, rather than the square of their mean
     n_domains:int|None=None # See `domain_means`
 ) -> Tensor: # A scalar
-    "IRMv1's penalty: squared slope of the risk in a scale of the outputs, mean over domains (Arjovsky et al., §3.1)."
+    "IRMv1's penalty: squared slope of the risk in a scale of the outputs, mean over domains (§3.1)."
     t = scale_slopes(logits, targets, loss)
     if domains is None: domains,n_domains = torch.zeros_like(t, dtype=torch.long),1
     mean,n = domain_means(t, domains, n_domains)
