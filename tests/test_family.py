@@ -88,7 +88,6 @@ def test_vmap_and_autocast():
     for penalty in HEAD.values():
         each = torch.func.vmap(lambda z, f: penalty(z, y, f, d, 2))(z, f)
         assert torch.allclose(each, torch.stack([penalty(a, y, b, d, 2) for a,b in zip(z, f)]), atol=1e-6)
-        with torch.autocast('cpu', torch.bfloat16): assert torch.equal(penalty(z[0], y, f[0], d, 2), penalty(z[0], y, f[0], d, 2).float())
         with torch.autocast('cpu', torch.bfloat16): inside = penalty(z[0], y, f[0], d, 2)
         assert torch.allclose(inside, penalty(z[0], y, f[0], d, 2), atol=1e-6)
     with torch.autocast('cpu', torch.bfloat16): inside = birm_penalty(z[0], y, d, 2), coral_penalty(f[0], d, 2)
@@ -138,8 +137,8 @@ def test_one_domain_is_refused(name):
 
 
 def test_they_compose():
-    every = [Fishr(1.), IGA(1.), HessianAlignment(1.), IBERM(.1), BIRM(1.), CORAL(.1), DANN(), EdgeLoss(), IRM(1.), VREx(1.)]
-    a,b = train(every), train([type(o)() if False else o for o in every[::-1]])
+    every = lambda: [Fishr(1.), IGA(1.), HessianAlignment(1.), IBERM(.1), BIRM(1.), CORAL(.1), DANN(), EdgeLoss(), IRM(1.), VREx(1.)]
+    a,b = train(every()), train(every()[::-1])
     assert a.isfinite().all() and torch.allclose(a, b, atol=1e-5)
 
 

@@ -8,21 +8,22 @@ Docs: https://dglit.github.io/dglit/family/rich_features.html.md"""
 __all__ = ['WorstGroup', 'answers', 'groups_of', 'fit_plain', 'regrouped', 'discover', 'synthesise', 'rich_features',
            'stored_features']
 
-# %% ../../nbs/family/14_rich_features.ipynb #1a1debe1
+# %% ../../nbs/family/14_rich_features.ipynb #08639a9d
 from functools import partial
 
 import torch
 from fastai.callback.progress import ProgressCallback  # for learn.no_bar()
+from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat
 from fastai.optimizer import OptimWrapper
+from fastcore.foundation import L
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ..core import DglitError, generator, set_seed
 from ..data.loaders import DomainLoaders
 from ..data.unit_tests import NumberLoader
-from .learner import domain_learner
-from ..methods.core import DomainMethod, body_of, last_layer, replace_module
+from ..methods.core import DomainMethod, TakeDomain, body_of, last_layer, replace_module
 
 # %% ../../nbs/family/14_rich_features.ipynb #7ee80675
 class WorstGroup(DomainMethod):
@@ -46,19 +47,19 @@ def groups_of(
     places = 2**torch.arange(len(right), device=right.device)
     return (right.long()*places[:,None]).sum(0)
 
-# %% ../../nbs/family/14_rich_features.ipynb #f598feba
+# %% ../../nbs/family/14_rich_features.ipynb #09a4d1da
 def fit_plain(
     dls, # Loaders
     model:nn.Module, # To train
-    methods, # For `domain_learner`
+    methods, # A method, or a list of them
     steps:int, # Epochs, of one batch each if `dls` are of full batches
     lr:float, # Learning rate
     l2:float # Weight of the sum of the squared parameters
 ) -> nn.Module: # The model
     "Train a model, without a word."
     adam = partial(OptimWrapper, opt=torch.optim.Adam)
-    loss = BCEWithLogitsLossFlat()
-    learn = domain_learner(dls, model, methods, 'last', loss, every=steps, opt_func=adam, lr=lr, wd=2*l2)
+    cbs = [TakeDomain(), *L(methods)]
+    learn = Learner(dls, model, BCEWithLogitsLossFlat(), opt_func=adam, lr=lr, wd=2*l2, cbs=cbs)
     with learn.no_bar(), learn.no_logging(): learn.fit(steps)
     return learn.model
 
@@ -97,7 +98,7 @@ def discover(
         found.append(answers(model, dls.train))
     return torch.stack(found)
 
-# %% ../../nbs/family/14_rich_features.ipynb #511642f0
+# %% ../../nbs/family/14_rich_features.ipynb #71ecee05
 def synthesise(
     dls:DomainLoaders, # Loaders in memory
     make_model, # Gives a new model with a body and a linear last layer of one output
@@ -109,7 +110,7 @@ def synthesise(
 ) -> nn.Module: # With one output
     "One network with the features of all rounds (RFC, synthesis)."
     agree,order = (found == found[0]).all(0).cpu(), generator(seed, 'synthesise')
-    if agree.all(): raise DglitError("all rounds answer alike, so there is nothing to synthesise: discover with other steps")
+    if agree.all(): raise DglitError("rounds answer alike, nothing to synthesise: discover with other steps")
     halves = [o.nonzero()[:,0] for o in (agree, ~agree)]
     take = torch.cat([o[torch.randint(len(o), (len(agree)//2,), generator=order)] for o in halves if len(o)])
     set_seed(seed + 500)
@@ -117,7 +118,8 @@ def synthesise(
     layer = last_layer(model)
     heads = nn.Linear(layer.in_features, len(found))
     replace_module(model, layer, heads)
-    fit_plain(regrouped(dls, found.T.float(), torch.zeros_like(found[0]).long(), take), model, (), steps, lr, l2)
+    drawn = regrouped(dls, found.T.float(), torch.zeros_like(found[0]).long(), take)
+    fit_plain(drawn, model, (), steps, lr, l2)
     mean = nn.Linear(layer.in_features, 1).to(heads.weight)
     with torch.no_grad():
         for p,each in zip(mean.parameters(), heads.parameters()): p.copy_(each.mean(0, keepdim=True))

@@ -16,13 +16,13 @@ from ..core import DglitError
 from ..losses.feature_statistics import coral_penalty
 from .core import DomainMethod, LastFeatureMethod, SideNet
 
-# %% ../../nbs/family/13_alignment.ipynb #c751dd50
+# %% ../../nbs/family/13_alignment.ipynb #1e4f2f37
 class CORAL(LastFeatureMethod, DomainMethod):
     "Alike means and covariances of the last layer's inputs (Sun and Saenko, 2016; as DomainBed has it)."
     def term(self):
         if len(self.domain_ids) < 2:
             raise DglitError(f"CORAL compares domains, and this batch of {len(self.domain)} is all of "
-                             f"domain {self.domain[0]}: mix them, as DomainLoaders.from_tensors(balanced=True) does")
+                             f"domain {self.domain[0]}: mix them, as from_tensors(..., balanced=True) does")
         return coral_penalty(self.features, self.domain_index, len(self.domain_ids))
 
 # %% ../../nbs/family/13_alignment.ipynb #50f03940
@@ -33,7 +33,7 @@ def reverse_gradient(
     "The identity, whose gradient is turned round (Ganin et al., 2016)."
     return (1 + strength)*x.detach() - strength*x
 
-# %% ../../nbs/family/13_alignment.ipynb #39d810c4
+# %% ../../nbs/family/13_alignment.ipynb #1f701a54
 class DANN(SideNet, DomainMethod):
     "Domain-adversarial training: features from which a network cannot tell the domain (Ganin et al., 2016)."
     known = None
@@ -52,7 +52,7 @@ class DANN(SideNet, DomainMethod):
         self.known = self.domain.new_tensor(sorted(self.domains)) if self.domains else self.domain.unique()
         if len(self.known) < 2:
             raise DglitError(f"DANN tells domains apart, and the first batch of {len(features)} is all of "
-                             f"domain {self.domain[0]}: mix them, as DomainLoaders.from_tensors(balanced=True) does")
+                             f"domain {self.domain[0]}: mix them, as from_tensors(..., balanced=True) does")
         wide,h = features.flatten(1).shape[1], self.hidden
         return nn.Sequential(nn.Linear(wide, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(),
                              nn.Linear(h, len(self.known)))

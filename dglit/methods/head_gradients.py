@@ -16,7 +16,7 @@ from ..losses.head_gradients import fishr_penalty, head_batch, hessian_penalty, 
 from .core import LastFeatureMethod, last_layer, step_generator
 from .irm import InvarianceMethod
 
-# %% ../../nbs/family/10_head_methods.ipynb #ce584bef
+# %% ../../nbs/family/10_head_methods.ipynb #f2fa6a28
 class HeadMethod(LastFeatureMethod, InvarianceMethod):
     "An `InvarianceMethod` whose term is made of the last layer's inputs and outputs, `self.head()`."
     def __init__(self,
@@ -50,7 +50,8 @@ class HeadMethod(LastFeatureMethod, InvarianceMethod):
         plain = head_batch(z, *self.head()[1:]).r.float()
         if torch.allclose(slope.reshape(len(z), -1), plain, atol=1e-4): return
         raise DglitError(f"{type(self).__name__} knows the gradient of plain cross-entropy, "
-                         f"not of {self.loss_func}: use CrossEntropyLossFlat(), or BCEWithLogitsLossFlat() for one output")
+                         f"not of {self.loss_func}: "
+                         "use CrossEntropyLossFlat(); for one output BCEWithLogitsLossFlat()")
 
 # %% ../../nbs/family/10_head_methods.ipynb #bfe42ce1
 class Fishr(HeadMethod):

@@ -16,7 +16,7 @@ from ..losses.balance import pair_weights
 from ..losses.irm import irm_penalty
 from .core import DomainMethod, last_layer
 
-# %% ../../nbs/family/12_pair.ipynb #e6cacc09
+# %% ../../nbs/family/12_pair.ipynb #3b53a34f
 class PAIR(DomainMethod):
     "Mean risk, IRM's and V-REx's penalty by preference, weighed anew at every step (Chen et al., 2023)."
     order,failures,alpha = 5.5,0,None
@@ -37,7 +37,7 @@ class PAIR(DomainMethod):
         super().after_pred()
         if len(self.domain_ids) > 1: return
         raise DglitError(f"PAIR compares domains, and this batch of {len(self.domain)} is all of "
-                         f"domain {self.domain[0]}: mix them, as DomainLoaders.from_tensors(balanced=True) does")
+                         f"domain {self.domain[0]}: mix them, as from_tensors(..., balanced=True) does")
 
     def objectives(self): # [3]
         risks = self.domain_risks()
