@@ -13,9 +13,9 @@ RUNS = 8
 PROGRAM = f'''
 import os, sys
 from dataclasses import replace
-from dglit.experiments.run import Spec
+from dglit.experiments.spec import Spec
 from dglit.experiments.sweep import sweep
-tiny = Spec(source='digits', model='mlp', net=dict(hidden=[8]), data=dict(size=28), epochs=3, bs=256, precision='fp32')
+tiny = Spec(model='mlp', digits='digits', size=28, hidden=[8], epochs=3, bs=256, precision='fp32')
 def finished(r, *_): os.write(1, f'{{r.spec.seed}} {{r.status}}\\n'.encode())
 sweep([replace(tiny, seed=i) for i in range({RUNS})], sys.argv[1], jobs=2, finished=finished, say=lambda s: None)
 '''
@@ -33,7 +33,7 @@ def alive(group):
 
 def whole(folder):
     "The records there are: name -> text; those that cannot be read count as lost."
-    from dglit.experiments.tables import read_runs
+    from dglit.experiments.record import read_runs
     for o in folder.glob('*.json'): read_runs(o)
     return {o.name: o.read_text() for o in folder.glob('*.json')}
 

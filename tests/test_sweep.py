@@ -1,27 +1,29 @@
 "The engine when things go wrong: killed, full, damaged, twice at once, elsewhere."
 import errno, io, json, os, resource, signal, subprocess, sys, tempfile, threading, time
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from filelock import FileLock, Timeout
 
-from dglit import core
 from dglit.core import DataError, DglitError, read_text, room, shown, write_whole
-from dglit.experiments.run import Run, Spec
-from dglit.experiments.sweep import record_name, seconds_left, sweep, sweep_with_progress, workers, writable
-from dglit.experiments.tables import TABLES, read_runs
+from dglit.experiments.record import Run, read_runs
+from dglit.experiments.run import failed
+from dglit.experiments.spec import Part, Spec
+from dglit.experiments.sweep import record_name, seconds_left, sweep, sweep_with_progress, writable
+from dglit.experiments.tables import specs_of
+from dglit.papers import TABLES
 
 module = sys.modules['dglit.experiments.sweep']
-TINY = Spec(source='digits', model='mlp', net=dict(hidden=[8]), data=dict(size=28), epochs=1, bs=256, precision='fp32')
+TINY = Spec(model='mlp', digits='digits', size=28, hidden=[8], epochs=1, bs=256, precision='fp32')
 SPECS = [replace(TINY, seed=i) for i in range(6)]
 PROGRAM = '''
 import os, sys
 from dataclasses import replace
-from dglit.experiments.run import Spec
+from dglit.experiments.spec import Spec
 from dglit.experiments.sweep import sweep
-tiny = Spec(source='digits', model='mlp', net=dict(hidden=[8]), data=dict(size=28), epochs=EPOCHS, bs=256, precision='fp32')
+tiny = Spec(model='mlp', digits='digits', size=28, hidden=[8], epochs=EPOCHS, bs=256, precision='fp32')
 def finished(r, *_): os.write(1, f'ran {r.spec.seed} {r.seconds}\\n'.encode())
 sweep([replace(tiny, seed=i) for i in range(6)], sys.argv[1], jobs=2, finished=finished)
 '''                                                         # a script without a guard for its main part
@@ -42,6 +44,12 @@ def gone(group, within=10):
         time.sleep(.05)
     os.killpg(group, signal.SIGKILL)
     return False
+
+
+def done(spec, domains=('valid', 'grey'), seconds=1.):
+    "A record of a run whose last epoch alone was measured."
+    measured = {'epoch': spec.recipe.epochs-1, **{k: 50. for k in domains}}
+    return replace(failed(spec, ''), status='done', measured=[measured], domains=[*domains], seconds=seconds)
 
 
 def records(folder): return {o.name: (o.stat().st_mtime_ns, o.read_text()) for o in folder.glob('*.json')}
@@ -65,8 +73,7 @@ def one_thread(monkeypatch): monkeypatch.setattr(module, 'cpu_count', lambda: 1)
 @pytest.fixture
 def at_once(monkeypatch):
     "Runs that train nothing: what is tested is the engine around them."
-    def instant(spec, digits): return Run(spec, 'done', dict(valid=50.), 0, [dict(epoch=0, valid=50.)], time.time(), 'cpu', {}, '')
-    monkeypatch.setattr(module, 'run_or_record', instant)
+    monkeypatch.setattr(module, 'run_or_record', lambda spec: done(spec, seconds=time.time()))
 
 
 # killed
@@ -128,16 +135,13 @@ d.fit = loud
 ''', 'reproduce': '''
 from dataclasses import replace
 import dglit.experiments.tables as t
-def finished(*_): print('fitting', flush=True)
-import dglit.experiments.sweep as s
-run = s._run_one
 one = t.specs_of
 t.specs_of = lambda *args, **kwargs: [replace(o, model='mlp', epochs=1 + o.seed*10**6, precision='fp32') for o in one(*args, **kwargs)]
 '''}
 
 
 @pytest.mark.parametrize('command', [['demo', '--seeds', '1'],
-                                     ['reproduce', 'rcl-table2', '--source', 'digits', '--rows', 'erm', '--seeds', '3', '--jobs', '2']])
+                                     ['reproduce', 'rcl-table2', '--set', 'digits=digits', '--rows', 'erm', '--seeds', '3', '--jobs', '2']])
 def test_ctrl_c(tmp_path, command):
     "One sentence, exit 130, nothing left over; in the demo no abort of its threads."
     code = CTRL_C[command[0]] + 'from dglit.cli import main; main()'
@@ -201,7 +205,7 @@ def test_a_lock_that_cannot_be_removed_while_it_is_open(tmp_path, monkeypatch):
 # runs that fail
 
 def test_a_failure_is_recorded_and_the_sweep_goes_on(tmp_path):
-    bad = replace(SPECS[0], data=dict(size=12))
+    bad = replace(SPECS[0], size=12)
     said = []
     runs = sweep([bad, *SPECS[:2]], tmp_path, say=said.append)
     assert [r.status for r in runs] == ['failed', 'done', 'done']
@@ -226,16 +230,16 @@ def test_divergence_is_a_result_not_a_failure(tmp_path):
 
 def strange(folder):
     "Files that are no records, by name; each is as one that stood there."
-    text = Run(TINY, 'done', dict(valid=1.), 0, [dict(epoch=0, valid=1.)], 1., 'cpu', {}, '').to_json()
+    text = done(TINY).to_json()
     def changed(**kwargs): return json.dumps({**json.loads(text), **kwargs}).encode()
     def fifo(o): os.mkfifo(o)
     def folder_(o): o.mkdir()
     def dangling(o): o.symlink_to('nowhere')
     def looped(o): o.symlink_to(o)
     makers = {'half': b'{"half', 'empty': b'', 'list': b'[]', 'schema': b'{"schema": 99, "versions": {"dglit": "9"}}', 'no-utf8': b'\xff\xfe{}',
-              'deep': b'['*100_000, 'deeper': b'{"a":'*100_000, 'seed': changed(seed='x'), 'curve': changed(curve=None), 'curve2': changed(curve=[3]),
-              'method': changed(method='nope'), 'digits': b'9'*10_000, 'metrics': changed(metrics=[]), 'status': changed(status='well'),
-              'settings': changed(settings=None), 'data': changed(data=[1]), 'nul': b'\0'*100,
+              'deep': b'['*100_000, 'deeper': b'{"a":'*100_000, 'seed': changed(seed='x'), 'curve': changed(measured=None), 'curve2': changed(measured=[3]),
+              'method': changed(methods=[dict(name='nope', settings={})]), 'digits': b'9'*10_000, 'domains': changed(domains=['nowhere']), 'status': changed(status='well'),
+              'settings': changed(data=dict(name='mnist_mp', settings=None)), 'data': changed(data=[1]), 'nul': b'\0'*100,
               'fifo': fifo, 'folder': folder_, 'dangling': dangling, 'looped': looped}
     for k, f in makers.items(): f(folder/f'{k}.json') if callable(f) else (folder/f'{k}.json').write_bytes(f)
     (folder/'good.json').write_text(text)
@@ -265,7 +269,7 @@ def test_a_report_goes_on_past_bad_files(tmp_path, monkeypatch, capsys):
     from dglit import cli
     strange(tmp_path)
     row = cli_table().rows[0]
-    write_whole(tmp_path/'row.json', run_of(row).to_json())
+    write_whole(tmp_path/'row.json', done(row_spec(), row.published).to_json())
     monkeypatch.setattr(sys, 'argv', ['dglit', 'report', str(tmp_path)])
     try: cli.main()
     except SystemExit as e: assert not e.code
@@ -274,10 +278,7 @@ def test_a_report_goes_on_past_bad_files(tmp_path, monkeypatch, capsys):
 
 
 def cli_table(): return TABLES['rcl-table2']
-def run_of(row):
-    "A run of a row of the table, of one epoch."
-    at = {'epoch': 0, **{k: 50. for k in row.published}}
-    return Run(replace(row.spec, table='rcl-table2', row=row.name), 'done', {k: 50. for k in row.published}, 0, [at], 1., 'cpu', {}, '')
+def row_spec(): return specs_of(cli_table(), 1)[0]
 
 
 def test_read_text(tmp_path):
@@ -294,34 +295,41 @@ def test_read_text(tmp_path):
 WILD = ['/../../victim', '..', '../victim', '/tmp/victim', 'a\0b', 'a\nb', '\x1b[31mred', 'x'*5000, '\udcff', 'C:\\victim', 'con:', '*?', '😀'*100]
 
 
-@pytest.mark.parametrize('text', WILD)
-def test_the_name_of_a_record_is_one_of_a_file_in_the_folder(tmp_path, text):
-    specs = [replace(TINY, **{f.name: text}) for f in fields(Spec) if isinstance(getattr(TINY, f.name), str)]
-    specs += [replace(TINY, **{k: o}) for k in ('settings', 'data') for o in ({text: 1}, dict(size=text))]
-    names = []
-    for o in specs:
-        with suppress(DglitError): names.append(record_name(o))                  # what is registered nowhere may have no name at all
-    for o in set(names):
+def test_the_name_of_a_record_is_one_of_a_file_in_the_folder(tmp_path):
+    "Whatever a setting holds."
+    names = {}
+    for text in WILD:
+        part = Part('rcl')
+        object.__setattr__(part, 'settings', (('per', text), (text, 1)))         # what no check has seen
+        names[text] = record_name(replace(TINY, methods=part))
+    for o in names.values():
         assert write_whole(tmp_path/o, 'x').resolve().parent == tmp_path.resolve() and o.isascii() and o.isprintable() and not set(o) & set('/\\:*?')
-    assert len({o.name for o in tmp_path.iterdir()}) == len(set(names)) > 4
+    assert len(list(tmp_path.iterdir())) == len(WILD)
+
+
+def each_changed(o, new):
+    "A JSON value with each of its parts in turn replaced."
+    yield new
+    for k in o if isinstance(o, dict) else range(len(o)) if isinstance(o, list) else ():
+        for v in each_changed(o[k], new): yield {**o, k: v} if isinstance(o, dict) else [*o[:k], v, *o[k+1:]]
+    if isinstance(o, dict): yield {**o, new: new}
 
 
 @pytest.mark.parametrize('text', WILD[:4])
 def test_no_record_writes_outside_its_folder(tmp_path, monkeypatch, text):
-    "Whatever field of a record says so."
+    "Whatever part of a record says so."
     from dglit import cli
-    folder, r = tmp_path/'a'/'b'/'c', run_of(cli_table().rows[0])
-    d = json.loads(r.to_json())
-    write_whole(folder/'good.json', r.to_json())
-    for k, v in d.items():
-        changed = {**v, text: text} if isinstance(v, dict) else [text] if isinstance(v, list) else text
-        write_whole(folder/f'{k}.json', json.dumps({**d, k: changed}))
-    monkeypatch.setattr(sys, 'argv', ['dglit', 'report', str(folder)])
+    folder, good = tmp_path/'a'/'b'/'c', done(row_spec(), cli_table().rows[0].published).to_json()
+    write_whole(folder/'good.json', good)
+    changed = list(each_changed(json.loads(good), text))
+    write_whole(folder/'all.jsonl', ''.join(json.dumps(o) + '\n' for o in [json.loads(good), *changed]))
     monkeypatch.chdir(folder)
-    try: cli.main()
-    except SystemExit as e: assert not e.code
-    assert {o for o in tmp_path.rglob('*') if o.is_file() and o.parent != folder} == set() and not os.path.exists('/tmp/victim')
-    assert (folder/'rcl-table2-mnist.md').exists()
+    for path in (folder, folder/'all.jsonl'):
+        monkeypatch.setattr(sys, 'argv', ['dglit', 'report', str(path)])
+        try: cli.main()
+        except SystemExit as e: assert not e.code
+    assert len(changed) > 20 and {o for o in tmp_path.rglob('*') if o.is_file() and o.parent != folder} == set() and not os.path.exists('/tmp/victim')
+    assert list(folder.glob('rcl-table2*.md')) and not list(folder.glob('*victim*'))
 
 
 @pytest.mark.parametrize('path', ['a\0b', 'x'*5000, '/dev/null/runs'])
@@ -337,7 +345,7 @@ def test_what_is_printed_steers_no_terminal(tmp_path):
     (tmp_path/'a\x1b[31m\n.json').write_text('{')
     read_runs(tmp_path, bad := [])
     with pytest.raises(DglitError) as e: read_runs(tmp_path/'b\x1b[31m')
-    assert len(bad) == 1 and not any('\x1b' in o for o in (*bad, str(e.value), module.label(replace(TINY, row='\x1b[2J'))))
+    assert len(bad) == 1 and not any('\x1b' in o for o in (*bad, str(e.value)))
     assert shown('α −∞\n') == 'α −∞\n' and shown('\x1b\x07\x9b\u202e') == r'\x1b\x07\x9b\u202e'
 
 
@@ -464,10 +472,9 @@ def test_a_folder_that_vanishes_is_made_again(at_once, tmp_path):
 # elsewhere
 
 def test_missing_data_is_found_before_training(tmp_path, monkeypatch):
-    def missing(): raise DglitError('no MNIST here')
-    monkeypatch.setitem(module.SOURCES, 'mnist', missing)
-    module._digits.cache_clear()
-    with pytest.raises(DglitError, match='no MNIST here'): sweep([replace(SPECS[0], source='mnist')], tmp_path, jobs=2)
+    monkeypatch.setenv('DGLIT_DATA', str(tmp_path/'no-data'))
+    monkeypatch.setattr('urllib.request.urlopen', lambda *_, **__: (_ for _ in ()).throw(OSError('offline')))
+    with pytest.raises(DglitError, match='MNIST'): sweep([replace(SPECS[0], digits='mnist')], tmp_path, jobs=2)
     assert not records(tmp_path)
 
 
@@ -479,7 +486,7 @@ def test_a_dask_cluster_of_two_workers(tmp_path):
         runs = sweep(SPECS[:4], tmp_path/'dask', jobs=2, finished=lambda r, done, total: seen.append(done), backend='dask', address=cluster.scheduler_address)
     assert seen == [1, 2, 3, 4] and len(read_runs(tmp_path/'dask')) == 4
     here = sweep(SPECS[:1], tmp_path/'here')
-    assert [o['valid'] for o in here[0].curve] == pytest.approx([o['valid'] for o in runs[0].curve], abs=2)
+    assert here[0].at('last')['valid'] == pytest.approx(runs[0].at('last')['valid'], abs=2)
 
 
 @pytest.mark.parametrize('address', ['tcp://127.0.0.1:1', 'tcp://nowhere.invalid:8786', 'nonsense', 'foo://bar', 'tcp://host:port', '\0'])
@@ -497,13 +504,13 @@ def test_a_backend_that_is_not_installed(tmp_path, monkeypatch):
 
 # progress
 
-def made(method, epochs, seconds): return Run(Spec(method=method, epochs=epochs), 'done', {}, 0, [dict(epoch=e) for e in range(epochs)], seconds, '', {}, '')
+def made(method, epochs, seconds): return done(Spec(methods=method, epochs=epochs), seconds=seconds)
 
 
 def test_time_left():
     runs = [made('erm', 2, 20.), made('jigsaw', 2, 60.)]
-    assert seconds_left([Spec(), Spec(method='jigsaw')], runs) == 100 + 300
-    assert seconds_left([Spec(), Spec(method='jigsaw')], runs, jobs=2) == 200
+    assert seconds_left([Spec(), Spec(methods='jigsaw')], runs) == 100 + 300
+    assert seconds_left([Spec(), Spec(methods='jigsaw')], runs, jobs=2) == 200
     assert seconds_left([Spec()], runs, jobs=8) == 100                           # one run cannot be shared
     assert seconds_left([Spec()], []) is None and seconds_left([], []) == 0
 

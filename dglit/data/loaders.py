@@ -170,7 +170,8 @@ class DomainLoaders(DataLoaders):
     def new_empty(self): # for `Learner.export`
         def empty(dl):
             if not isinstance(dl, TensorLoader): return dl.new(dl.dataset.new_empty())
-            return dl.new(TensorDataset(*(t[:0] for t in dl.dataset.tensors)), shuffle=False)
+            none = (t[:0].clone() for t in dl.dataset.tensors) # a slice would keep the storage of all
+            return dl.new(TensorDataset(*none), shuffle=False)
         train,valid,*tests = map(empty, self.loaders)
         return type(self)(train, valid, dict(zip(self.tests, tests)), self.vocab, self.path)
 

@@ -58,7 +58,7 @@ def invariant_causal_prediction(
         G = pooled[:-1,:-1]*inside[:,:,None]*inside[:,None,:] + torch.diag_embed(1-inside)
         return torch.linalg.solve(G, pooled[:-1,-1]*inside)
     subsets = torch.tensor(list(product((0.,1.), repeat=d)), dtype=M.dtype)[1:]
-    r = torch.cat([-fit(subsets), torch.ones(len(subsets), 1, dtype=M.dtype)], 1) # leftovers: the data times r
+    r = torch.cat([-fit(subsets), torch.ones_like(subsets[:,:1])], 1) # leftovers are the data times r
     left = r @ mean.T
     var = torch.einsum('si,eij,sj->se', r, M, r) - left**2
     p = np.min([_same_distribution(left.numpy(), var.numpy(), n.numpy(), e) for e in range(len(n))], 0)*len(n)

@@ -30,12 +30,18 @@ from ..data.mnist import load_digits, load_mnist
 from ..data.mnist_mp import mnist_mp, mnist_plain, mnist_up
 from ..data.more_colored_mnist import colored_mnist_three, full_colored_mnist
 from ..data.rotated_mnist import rotated_mnist
+from ..methods.alignment import CORAL, DANN
+from ..methods.bottleneck import BIRM, IBERM
 from ..methods.cim import CIM
 from ..methods.decov import DeCov
 from ..methods.dropout import ChannelDropout
+from ..methods.edges import EdgeLoss
+from ..methods.head_gradients import IGA, Fishr, HessianAlignment
 from ..methods.irm import IRM, GroupDRO, VREx
 from ..methods.jigsaw import Jigsaw
 from ..methods.orthogonality import DoubleSoftOrthogonality
+from ..methods.mixstyle import MixStyle
+from ..methods.pair import PAIR
 from ..methods.rcl import RCL
 from ..methods.reconstruction import Reconstruction
 from ..methods.rsc import RSC
@@ -65,13 +71,16 @@ def from_source(dataset):
     def named(digits='mnist', *args, **kwargs):
         return dataset(digits_of(digits) if isinstance(digits, str) else digits, *args, **kwargs)
     first,*rest = signature(dataset).parameters.values()
-    named.__signature__ = signature(dataset).replace(parameters=[first.replace(annotation=str, default='mnist'), *rest])
+    named.__signature__ = signature(dataset).replace(parameters=[first.replace(annotation=str,
+                                                                               default='mnist'), *rest])
     return named
 
 # %% ../../nbs/foundations/27_registry.ipynb #c1d0d3f1
-DATASETS = dict(mnist_mp=from_source(mnist_mp), mnist_up=from_source(mnist_up), mnist_plain=from_source(mnist_plain),
+DATASETS = dict(mnist_mp=from_source(mnist_mp), mnist_up=from_source(mnist_up),
+                mnist_plain=from_source(mnist_plain),
                 colored_mnist=from_source(colored_mnist), background_mnist=from_source(background_mnist),
-                full_colored_mnist=full_colored_mnist, colored_mnist_three=colored_mnist_three, rotated_mnist=rotated_mnist)
+                full_colored_mnist=full_colored_mnist, colored_mnist_three=colored_mnist_three,
+                rotated_mnist=rotated_mnist)
 
 # %% ../../nbs/foundations/27_registry.ipynb #51d5f2ea
 MODELS = dict(convnet=ConvNet, mlp=MLP)
@@ -79,18 +88,22 @@ MODELS = dict(convnet=ConvNet, mlp=MLP)
 # %% ../../nbs/foundations/27_registry.ipynb #df458fb7
 METHODS = dict(erm=None, rcl=RCL, dropout=ChannelDropout, orthogonality=DoubleSoftOrthogonality, decov=DeCov, jigsaw=Jigsaw,
                reconstruction=Reconstruction, spectral_decoupling=SpectralDecoupling, rsc=RSC, irm=IRM, vrex=VREx,
-               group_dro=GroupDRO, cim=CIM, vib=VIB, scl=SCL, sam=SAM) # erm: plain training
+               group_dro=GroupDRO, cim=CIM, vib=VIB, scl=SCL, sam=SAM, fishr=Fishr, hessian=HessianAlignment,
+               iga=IGA, iberm=IBERM, birm=BIRM, pair=PAIR, coral=CORAL, dann=DANN, edges=EdgeLoss, mixstyle=MixStyle) # erm: plain training
 
 # %% ../../nbs/foundations/27_registry.ipynb #a4de0ea2
-LOSSES = dict(cross_entropy=CrossEntropyLossFlat, binary_cross_entropy=BCEWithLogitsLossFlat) # this: one output
+LOSSES = dict(cross_entropy=CrossEntropyLossFlat,
+              binary_cross_entropy=BCEWithLogitsLossFlat) # this: one output
 OPTIMIZERS = dict(sgd=partial(OptimWrapper, opt=torch.optim.SGD, fused=True),
                   adam=partial(OptimWrapper, opt=torch.optim.Adam, fused=True))
-SCHEDULES = dict(flat=Learner.fit, flat_cos=partial(Learner.fit_flat_cos, pct_start=.5)) # half flat, then a cosine to 0
+SCHEDULES = dict(flat=Learner.fit, flat_cos=partial(Learner.fit_flat_cos,
+                                                    pct_start=.5)) # half flat, then a cosine to 0
 PRECISIONS = ('auto','bf16','fp32')
 
 # %% ../../nbs/foundations/27_registry.ipynb #ef5b6d0f
 REGISTRIES = dict(dataset=DATASETS, model=MODELS, method=METHODS)
-GIVEN = dict(dataset=('bs','seed','device'), model=('c_in','c_out','size'), method=()) # the rest of a description gives these
+GIVEN = dict(dataset=('bs','seed','device'), model=('c_in','c_out','size'),
+             method=()) # the rest of a description gives these
 
 # %% ../../nbs/foundations/27_registry.ipynb #b37f34d0
 KINDS = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a word'}
@@ -155,7 +168,8 @@ def as_setting(
     try: good = as_one_of(value, kinds)
     except TypeError: raise wrong(f'needed {needed(kinds)}') from None
     for o in good if isinstance(good, tuple) else (good,):
-        if isinstance(o, float) and not isfinite(o) and (o != o or o != p.default): raise wrong('needed a finite number')
+        if isinstance(o, float) and not isfinite(o) and (o != o or o != p.default):
+            raise wrong('needed a finite number')
         if isinstance(o, str) and not o.isprintable(): raise wrong('needed characters that can be printed')
     if name == 'digits': choose(good, SOURCES, 'source of digits')
     return good

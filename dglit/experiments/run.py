@@ -35,7 +35,9 @@ def precision_on(
     "The precision that networks will compute in."
     if asked != 'auto': return asked
     if device.type == 'cuda': has = torch.cuda.get_device_capability(device) >= (8, 0)
-    else: has = any(getattr(torch.cpu, f'_is_{o}_supported', bool)() for o in ('avx512_bf16','amx_tile')) and device.type == 'cpu'
+    elif device.type == 'cpu':
+        has = any(getattr(torch.cpu, f'_is_{o}_supported', bool)() for o in ('avx512_bf16','amx_tile'))
+    else: has = False
     return 'bf16' if has else 'fp32'
 
 # %% ../../nbs/foundations/30_run.ipynb #198a5fc8
@@ -48,7 +50,8 @@ def learner_of(
     set_seed(spec.seed)
     recipe,dls = spec.recipe, spec.data.build(bs=spec.recipe.bs, seed=spec.seed, **given)
     x,binary = dls.one_batch()[0], spec.recipe.loss == 'binary_cross_entropy'
-    if binary and dls.c != 2: raise DglitError(f"loss 'binary_cross_entropy': {spec.data} has {dls.c} classes, needed 2: give cross_entropy")
+    if binary and dls.c != 2:
+        raise DglitError(f"loss {recipe.loss!r}: {spec.data} has {dls.c} classes, needed 2: cross_entropy")
     model = spec.model.build(c_in=x.shape[1], c_out=1 if binary else dls.c, size=x.shape[-1])
     precision = [BFloat16()] if precision_on(dls.device, recipe.precision) == 'bf16' else []
     learn = domain_learner(dls, model, [o.build() for o in spec.methods], rule, LOSSES[recipe.loss](),
@@ -60,21 +63,25 @@ def learner_of(
 # %% ../../nbs/foundations/30_run.ipynb #62d54600
 def processor() -> str:
     "The processor's name, and the instructions that PyTorch uses on it."
-    names = []
-    with suppress(DglitError): names = [o.partition(': ')[2] for o in read_text('/proc/cpuinfo').splitlines() if o.startswith('model name')]
-    return f'{next(iter(names), platform.processor() or platform.machine())}, {torch.backends.cpu.get_cpu_capability()}'
+    name = platform.processor() or platform.machine()
+    with suppress(DglitError): # Linux tells more
+        found = [o for o in read_text('/proc/cpuinfo').splitlines() if o.startswith('model name')]
+        if found: name = found[0].partition(': ')[2]
+    return f'{name}, {torch.backends.cpu.get_cpu_capability()}'
 
 def machine_of(learn:Learner) -> dict:
     "What a Learner runs on: what must be equal for its numbers to be equal."
     device = learn.dls.device
     on_card = device.type == 'cuda'
-    return dict(device=torch.cuda.get_device_name(device) if on_card else device.type, processor=processor(), threads=torch.get_num_threads(),
+    return dict(device=torch.cuda.get_device_name(device) if on_card else device.type, processor=processor(),
+                threads=torch.get_num_threads(),
                 precision='bf16' if any(isinstance(o, BFloat16) for o in learn.cbs) else 'fp32')
 
 def versions() -> dict:
     "Of what a training's numbers depend on."
     from dglit import __version__
-    return dict(dglit=__version__, python=platform.python_version(), **{o: version(o) for o in ('torch','fastai')})
+    return dict(dglit=__version__, python=platform.python_version(),
+                **{o: version(o) for o in ('torch','fastai')})
 
 # %% ../../nbs/foundations/30_run.ipynb #aff6cce9
 class EachEpoch(Callback):
@@ -97,7 +104,8 @@ def fit(
     cbs = [EachEpoch(each_epoch)] if each_epoch else []
     with learn.no_bar(), learn.no_logging(): SCHEDULES[spec.recipe.schedule](learn, epochs, cbs=cbs)
     done = bool(track.curve) and track.curve[-1]['epoch'] == epochs-1
-    return Run(spec, 'done' if done else 'diverged', track.curve, track.domains_measured, round(time.perf_counter() - start, 1),
+    return Run(spec, 'done' if done else 'diverged', track.curve, track.domains_measured,
+               round(time.perf_counter() - start, 1),
                machine_of(learn), versions(), data_hash(learn.dls))
 
 # %% ../../nbs/foundations/30_run.ipynb #6d6ad072
@@ -126,4 +134,5 @@ def run_or_record(
 
 def failed(spec:Spec, error:str) -> Run:
     "The record of a run that failed."
-    return Run(spec, 'failed', [], versions=versions(), machine=dict(device='', processor='', threads=0, precision=''), error=error)
+    return Run(spec, 'failed', [], versions=versions(),
+               machine=dict(device='', processor='', threads=0, precision=''), error=error)

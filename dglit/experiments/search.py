@@ -39,9 +39,11 @@ def settings_tried(
     if not isinstance(space, dict): return list(space)
     drawn = [k for k,o in space.items() if callable(o)]
     if not drawn: return [dict(zip(space, o)) for o in product(*space.values())]
-    if not n or n < 1: raise DglitError(f"{', '.join(drawn)} are drawn, {n} times: needed a number of draws, 1 or more")
+    if not n or n < 1:
+        raise DglitError(f"{', '.join(drawn)} are drawn, {n} times: needed a number of draws, 1 or more")
     rng = np.random.default_rng(seed)
-    return [{k: o(rng) if callable(o) else o[rng.integers(len(o))] for k,o in space.items()} for _ in range(n)]
+    return [{k: o(rng) if callable(o) else o[rng.integers(len(o))] for k,o in space.items()}
+            for _ in range(n)]
 
 # %% ../../nbs/foundations/35_search.ipynb #595e8f22
 @dataclass(frozen=True)
@@ -72,15 +74,18 @@ class Search:
         "Every draw that was run: its settings and its accuracies at the rule's epoch."
         by_spec = {r.spec: r for r in runs if r.status != 'failed'}
         tried = settings_tried(self.space, self.n, self.seed)
-        return pd.DataFrame([dict(draw=i, **o, status=r.status, **(r.at(self.rule) if r.status == 'done' else {}))
-                             for i,(o,s) in enumerate(zip(tried, self.specs(**changes))) if (r := by_spec.get(s))])
+        return pd.DataFrame([dict(draw=i, **o, status=r.status,
+                                  **(r.at(self.rule) if r.status == 'done' else {}))
+                             for i,(o,s) in enumerate(zip(tried, self.specs(**changes)))
+                             if (r := by_spec.get(s))])
 
     def pick(self, runs, **changes) -> Spec:
         "The training that the rule picks."
         if left := self.missing(runs, **changes):
             raise DglitError(f"{len(left)} of the search's {len(self.specs())} trainings have no record: run them, then pick")
         table = self.table(runs, **changes)
-        if not (table.status == 'done').any(): raise DglitError("every training of the search diverged: give it another space")
+        if not (table.status == 'done').any():
+            raise DglitError("every training of the search diverged: give it another space")
         return self.specs(**changes)[table[self.by].idxmax()]
 
     def then(self, **changes): return Picked(self, changes)

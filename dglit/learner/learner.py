@@ -36,7 +36,7 @@ def check_targets(
 
 # %% ../../nbs/foundations/22_learner.ipynb #5fa782c0
 def domain_learner(
-    dls, # `DomainLoaders`, or any fastai `DataLoaders`
+    dls, # `DomainLoaders`, or any fastai `DataLoaders`, of PyTorch's own loaders too
     model, # A model with a `body` (features) and a `head` (classifier)
     methods=(), # A method such as `RCL()`, or a list of them; none is ERM
     rule:str='best:valid', # Which epoch's weights to keep: see `select_epoch`

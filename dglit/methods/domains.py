@@ -52,6 +52,9 @@ class DomainMethod(Method):
     def before_train(self):
         super().before_train()
         self.known = known_domains(self.dls.train)
+    def after_fit(self):
+        super().after_fit()
+        self.known = None
 
     def bring_taker(self):
         if any(isinstance(o, TakeDomain) for o in self.learn.cbs): return
