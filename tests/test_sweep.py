@@ -1,26 +1,29 @@
 "The engine when things go wrong: killed, full, damaged, twice at once, elsewhere."
 import errno, io, json, os, resource, signal, subprocess, sys, tempfile, threading, time
-from dataclasses import fields, replace
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from filelock import FileLock, Timeout
 
-from dglit import core
 from dglit.core import DataError, DglitError, read_text, room, shown, write_whole
-from dglit.experiments.run import Run, Spec
-from dglit.experiments.sweep import record_name, seconds_left, sweep, sweep_with_progress, workers, writable
-from dglit.experiments.tables import read_runs
+from dglit.experiments.record import Run, read_runs
+from dglit.experiments.run import failed
+from dglit.experiments.spec import Part, Spec
+from dglit.experiments.sweep import record_name, seconds_left, sweep, sweep_with_progress, writable
+from dglit.experiments.tables import specs_of
+from dglit.papers import TABLES
 
 module = sys.modules['dglit.experiments.sweep']
-TINY = Spec(source='digits', model='mlp', net=dict(hidden=[8]), data=dict(size=28), epochs=1, bs=256, precision='fp32')
+TINY = Spec(model='mlp', digits='digits', size=28, hidden=[8], epochs=1, bs=256, precision='fp32')
 SPECS = [replace(TINY, seed=i) for i in range(6)]
 PROGRAM = '''
 import os, sys
 from dataclasses import replace
-from dglit.experiments.run import Spec
+from dglit.experiments.spec import Spec
 from dglit.experiments.sweep import sweep
-tiny = Spec(source='digits', model='mlp', net=dict(hidden=[8]), data=dict(size=28), epochs=EPOCHS, bs=256, precision='fp32')
+tiny = Spec(model='mlp', digits='digits', size=28, hidden=[8], epochs=EPOCHS, bs=256, precision='fp32')
 def finished(r, *_): os.write(1, f'ran {r.spec.seed} {r.seconds}\\n'.encode())
 sweep([replace(tiny, seed=i) for i in range(6)], sys.argv[1], jobs=2, finished=finished)
 '''                                                         # a script without a guard for its main part
@@ -43,6 +46,12 @@ def gone(group, within=10):
     return False
 
 
+def done(spec, domains=('valid', 'grey'), seconds=1.):
+    "A record of a run whose last epoch alone was measured."
+    measured = {'epoch': spec.recipe.epochs-1, **{k: 50. for k in domains}}
+    return replace(failed(spec, ''), status='done', measured=[measured], domains=[*domains], seconds=seconds)
+
+
 def records(folder): return {o.name: (o.stat().st_mtime_ns, o.read_text()) for o in folder.glob('*.json')}
 def ran(out): return sorted((int(o.split()[1]), float(o.split()[2])) for o in out.splitlines() if o.startswith('ran'))
 def left_over(folder): return [o.name for o in folder.rglob('.*')]
@@ -57,31 +66,33 @@ def no_hang():
     signal.alarm(0)
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch): monkeypatch.setattr(module, 'cpu_count', lambda: 1)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    "Runs that train nothing: what is tested is the engine around them."
+    monkeypatch.setattr(module, 'run_or_record', lambda spec: done(spec, seconds=time.time()))
+
+
 # killed
 
-@pytest.mark.parametrize('victim', ['all', 'parent'])
-def test_killed_and_resumed(tmp_path, victim):
-    "kill -9 in the middle: what was done is whole and stays; no worker is left; the rest runs, once."
-    p = program(tmp_path, epochs=10)
-    seen = [p.stdout.readline() for _ in range(2)]
-    (os.killpg if victim == 'all' else os.kill)(p.pid, signal.SIGKILL)
-    p.wait()
-    assert gone(p.pid)
-    before = records(tmp_path)
-    assert 2 <= len(before) < 6 and len(seen) == 2
-    for _, text in before.values(): assert Run.from_json(text).status == 'done'
-    out, err = program(tmp_path, epochs=10).communicate(timeout=200)
-    after = records(tmp_path)
-    assert len(after) == 6 and all(after[k] == v for k, v in before.items()), err
-    assert len(ran(out)) == len(set(ran(out))) == 6 - len(before)
-    assert not left_over(tmp_path) and len(read_runs(tmp_path)) == 6
-
-
-def test_sigterm_takes_the_workers_along(tmp_path):
-    p = program(tmp_path, epochs=10**6)
-    while not left_over(tmp_path): time.sleep(.1)                                # a run has its lock
-    os.kill(p.pid, signal.SIGTERM)
-    assert p.wait() == -signal.SIGTERM and gone(p.pid)
+def test_killed_and_resumed(tmp_path):
+    "The parent, by SIGTERM, then all, by SIGKILL: what was done is whole and stays; no worker is left; the rest runs, once."
+    kept, told = {}, []
+    for kill, sign in ((os.kill, signal.SIGTERM), (os.killpg, signal.SIGKILL)):
+        p = program(tmp_path, epochs=10)
+        told.append(p.stdout.readline())
+        kill(p.pid, sign)
+        assert p.wait() == -sign and gone(p.pid)
+        now = records(tmp_path)
+        assert len(kept) < len(now) < 6 and kept.items() <= now.items()
+        kept = now
+    for _, text in kept.values(): assert Run.from_json(text).status == 'done'
+    runs = sweep([replace(o, epochs=10) for o in SPECS], tmp_path, finished=lambda r, *_: told.append(f'ran {r.spec.seed} 0'))
+    assert len(runs) == len(read_runs(tmp_path)) == 6 and kept.items() <= records(tmp_path).items() and not left_over(tmp_path)
+    assert len({o for o, _ in ran('\n'.join(told))}) == len(told)                 # no run was told of twice
 
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='no /proc to find the worker by')
@@ -124,16 +135,13 @@ d.fit = loud
 ''', 'reproduce': '''
 from dataclasses import replace
 import dglit.experiments.tables as t
-def finished(*_): print('fitting', flush=True)
-import dglit.experiments.sweep as s
-run = s._run_one
 one = t.specs_of
 t.specs_of = lambda *args, **kwargs: [replace(o, model='mlp', epochs=1 + o.seed*10**6, precision='fp32') for o in one(*args, **kwargs)]
 '''}
 
 
 @pytest.mark.parametrize('command', [['demo', '--seeds', '1'],
-                                     ['reproduce', 'rcl-table2', '--source', 'digits', '--rows', 'erm', '--seeds', '3', '--jobs', '2']])
+                                     ['reproduce', 'rcl-table2', '--set', 'digits=digits', '--rows', 'erm', '--seeds', '3', '--jobs', '2']])
 def test_ctrl_c(tmp_path, command):
     "One sentence, exit 130, nothing left over; in the demo no abort of its threads."
     code = CTRL_C[command[0]] + 'from dglit.cli import main; main()'
@@ -152,15 +160,16 @@ def test_ctrl_c(tmp_path, command):
 
 def test_two_sweeps_on_one_folder(tmp_path):
     "Each run is trained once, and both sweeps end with all of them."
-    a, b = program(tmp_path), program(tmp_path)
-    outs = [p.communicate(timeout=200) for p in (a, b)]
-    written = records(tmp_path)
-    assert a.returncode == b.returncode == 0 and len(written) == 6, outs
+    p, here = program(tmp_path), []
+    while not left_over(tmp_path): time.sleep(.05)                               # both have begun
+    mine = sweep([replace(o, epochs=3) for o in SPECS], tmp_path, finished=lambda r, *_: here.append((r.spec.seed, r.seconds)))
+    out, err = p.communicate(timeout=200)
+    assert p.returncode == 0 and len(mine) == len(records(tmp_path)) == 6, err
     told = sorted((r.spec.seed, r.seconds) for r in read_runs(tmp_path))         # a run that was done twice would tell two times
-    assert set(ran(outs[0][0])) | set(ran(outs[1][0])) == set(told) and not left_over(tmp_path)
+    assert set(ran(out)) | set(here) == set(told) and here and not left_over(tmp_path)
 
 
-def test_a_run_under_way_elsewhere_is_waited_for(tmp_path):
+def test_a_run_under_way_elsewhere_is_waited_for(at_once, tmp_path):
     "A sweep that finds a run locked takes its record when it comes, and does not train it."
     r, = sweep(SPECS[:1], tmp_path/'other')
     name, held, said = record_name(SPECS[0]), threading.Event(), []
@@ -196,9 +205,9 @@ def test_a_lock_that_cannot_be_removed_while_it_is_open(tmp_path, monkeypatch):
 # runs that fail
 
 def test_a_failure_is_recorded_and_the_sweep_goes_on(tmp_path):
-    bad = replace(SPECS[0], data=dict(size=12))
+    bad = replace(SPECS[0], size=12)
     said = []
-    runs = sweep([bad, *SPECS[:2]], tmp_path, jobs=2, say=said.append)
+    runs = sweep([bad, *SPECS[:2]], tmp_path, say=said.append)
     assert [r.status for r in runs] == ['failed', 'done', 'done']
     saved, = [r for r in read_runs(tmp_path) if r.status == 'failed']
     assert 'Traceback' in saved.error and 'size 12 is smaller' in saved.error
@@ -221,16 +230,16 @@ def test_divergence_is_a_result_not_a_failure(tmp_path):
 
 def strange(folder):
     "Files that are no records, by name; each is as one that stood there."
-    text = Run(TINY, 'done', dict(valid=1.), 0, [dict(epoch=0, valid=1.)], 1., 'cpu', {}, '').to_json()
+    text = done(TINY).to_json()
     def changed(**kwargs): return json.dumps({**json.loads(text), **kwargs}).encode()
     def fifo(o): os.mkfifo(o)
     def folder_(o): o.mkdir()
     def dangling(o): o.symlink_to('nowhere')
     def looped(o): o.symlink_to(o)
     makers = {'half': b'{"half', 'empty': b'', 'list': b'[]', 'schema': b'{"schema": 99, "versions": {"dglit": "9"}}', 'no-utf8': b'\xff\xfe{}',
-              'deep': b'['*100_000, 'deeper': b'{"a":'*100_000, 'seed': changed(seed='x'), 'curve': changed(curve=None), 'curve2': changed(curve=[3]),
-              'method': changed(method='nope'), 'digits': b'9'*10_000, 'metrics': changed(metrics=[]), 'status': changed(status='well'),
-              'settings': changed(settings=None), 'data': changed(data=[1]), 'nul': b'\0'*100,
+              'deep': b'['*100_000, 'deeper': b'{"a":'*100_000, 'seed': changed(seed='x'), 'curve': changed(measured=None), 'curve2': changed(measured=[3]),
+              'method': changed(methods=[dict(name='nope', settings={})]), 'digits': b'9'*10_000, 'domains': changed(domains=['nowhere']), 'status': changed(status='well'),
+              'settings': changed(data=dict(name='mnist_mp', settings=None)), 'data': changed(data=[1]), 'nul': b'\0'*100,
               'fifo': fifo, 'folder': folder_, 'dangling': dangling, 'looped': looped}
     for k, f in makers.items(): f(folder/f'{k}.json') if callable(f) else (folder/f'{k}.json').write_bytes(f)
     (folder/'good.json').write_text(text)
@@ -242,7 +251,7 @@ def test_bad_files_are_named_and_the_rest_is_read(tmp_path):
     good = read_runs(tmp_path, bad := [])
     assert [r.spec for r in good] == [TINY]
     assert sorted(o.split('.json')[0].split('/')[-1] for o in bad) == sorted(makers)
-    for k in makers:
+    for k in makers.keys() - {'folder'}:
         with pytest.raises(DglitError, match=f'{k}.json'): read_runs(tmp_path/f'{k}.json')
 
 
@@ -259,9 +268,8 @@ def test_a_sweep_leaves_bad_files_alone(tmp_path):
 def test_a_report_goes_on_past_bad_files(tmp_path, monkeypatch, capsys):
     from dglit import cli
     strange(tmp_path)
-    r = read_runs(tmp_path/'good.json')[0]
     row = cli_table().rows[0]
-    write_whole(tmp_path/'row.json', replace(r, spec=replace(row.spec, table=cli_table().name, row=row.name)).to_json())
+    write_whole(tmp_path/'row.json', done(row_spec(), row.published).to_json())
     monkeypatch.setattr(sys, 'argv', ['dglit', 'report', str(tmp_path)])
     try: cli.main()
     except SystemExit as e: assert not e.code
@@ -269,9 +277,8 @@ def test_a_report_goes_on_past_bad_files(tmp_path, monkeypatch, capsys):
     assert row.label in out and 'fifo.json' in out and 'deep.json' in out and '\0' not in out
 
 
-def cli_table():
-    from dglit.experiments.tables import TABLES
-    return TABLES['rcl-table2']
+def cli_table(): return TABLES['rcl-table2']
+def row_spec(): return specs_of(cli_table(), 1)[0]
 
 
 def test_read_text(tmp_path):
@@ -288,34 +295,41 @@ def test_read_text(tmp_path):
 WILD = ['/../../victim', '..', '../victim', '/tmp/victim', 'a\0b', 'a\nb', '\x1b[31mred', 'x'*5000, '\udcff', 'C:\\victim', 'con:', '*?', '😀'*100]
 
 
-@pytest.mark.parametrize('text', WILD)
-def test_the_name_of_a_record_is_one_of_a_file_in_the_folder(tmp_path, text):
-    names = []
-    for f in fields(Spec):
-        if isinstance(getattr(TINY, f.name), str): names.append(record_name(replace(TINY, **{f.name: text})))
-    for k in ('settings', 'data'): names += [record_name(replace(TINY, **{k: {text: 1}})), record_name(replace(TINY, **{k: dict(size=text)}))]
-    for o in set(names):
+def test_the_name_of_a_record_is_one_of_a_file_in_the_folder(tmp_path):
+    "Whatever a setting holds."
+    names = {}
+    for text in WILD:
+        part = Part('rcl')
+        object.__setattr__(part, 'settings', (('per', text), (text, 1)))         # what no check has seen
+        names[text] = record_name(replace(TINY, methods=part))
+    for o in names.values():
         assert write_whole(tmp_path/o, 'x').resolve().parent == tmp_path.resolve() and o.isascii() and o.isprintable() and not set(o) & set('/\\:*?')
-    assert len({o.name for o in tmp_path.iterdir()}) == len(set(names)) > 4
+    assert len(list(tmp_path.iterdir())) == len(WILD)
+
+
+def each_changed(o, new):
+    "A JSON value with each of its parts in turn replaced."
+    yield new
+    for k in o if isinstance(o, dict) else range(len(o)) if isinstance(o, list) else ():
+        for v in each_changed(o[k], new): yield {**o, k: v} if isinstance(o, dict) else [*o[:k], v, *o[k+1:]]
+    if isinstance(o, dict): yield {**o, new: new}
 
 
 @pytest.mark.parametrize('text', WILD[:4])
 def test_no_record_writes_outside_its_folder(tmp_path, monkeypatch, text):
-    "Whatever field of a record says so."
+    "Whatever part of a record says so."
     from dglit import cli
-    row, folder = cli_table().rows[0], tmp_path/'a'/'b'/'c'
-    r = Run(replace(row.spec, table='rcl-table2', row=row.name), 'done', dict(valid=1., grey=1.), 0, [dict(epoch=0, valid=1., grey=1.)], 1., 'cpu', {}, '')
-    d, folder = json.loads(r.to_json()), folder
-    write_whole(folder/'good.json', r.to_json())
-    for k, v in d.items():
-        changed = {**v, text: text} if isinstance(v, dict) else [text] if isinstance(v, list) else text
-        write_whole(folder/f'{k}.json', json.dumps({**d, k: changed}))
-    monkeypatch.setattr(sys, 'argv', ['dglit', 'report', str(folder)])
+    folder, good = tmp_path/'a'/'b'/'c', done(row_spec(), cli_table().rows[0].published).to_json()
+    write_whole(folder/'good.json', good)
+    changed = list(each_changed(json.loads(good), text))
+    write_whole(folder/'all.jsonl', ''.join(json.dumps(o) + '\n' for o in [json.loads(good), *changed]))
     monkeypatch.chdir(folder)
-    try: cli.main()
-    except SystemExit as e: assert not e.code
-    assert {o for o in tmp_path.rglob('*') if o.is_file() and o.parent != folder} == set() and not os.path.exists('/tmp/victim')
-    assert (folder/'rcl-table2-mnist.md').exists()
+    for path in (folder, folder/'all.jsonl'):
+        monkeypatch.setattr(sys, 'argv', ['dglit', 'report', str(path)])
+        try: cli.main()
+        except SystemExit as e: assert not e.code
+    assert len(changed) > 20 and {o for o in tmp_path.rglob('*') if o.is_file() and o.parent != folder} == set() and not os.path.exists('/tmp/victim')
+    assert list(folder.glob('rcl-table2*.md')) and not list(folder.glob('*victim*'))
 
 
 @pytest.mark.parametrize('path', ['a\0b', 'x'*5000, '/dev/null/runs'])
@@ -331,7 +345,7 @@ def test_what_is_printed_steers_no_terminal(tmp_path):
     (tmp_path/'a\x1b[31m\n.json').write_text('{')
     read_runs(tmp_path, bad := [])
     with pytest.raises(DglitError) as e: read_runs(tmp_path/'b\x1b[31m')
-    assert len(bad) == 1 and not any('\x1b' in o for o in (*bad, str(e.value), module.label(replace(TINY, row='\x1b[2J'))))
+    assert len(bad) == 1 and not any('\x1b' in o for o in (*bad, str(e.value)))
     assert shown('α −∞\n') == 'α −∞\n' and shown('\x1b\x07\x9b\u202e') == r'\x1b\x07\x9b\u202e'
 
 
@@ -353,15 +367,15 @@ def test_any_encoding_will_do(tmp_path, monkeypatch, encoding):
 
 def test_a_full_disk_is_found_before_training(tmp_path):
     "A limit on file sizes stands for the disk: no run has begun when the error comes."
-    out = tmp_path/'runs'
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    p = program(out, preexec_fn=limit)
-    text, err = p.communicate(timeout=200)
-    assert p.returncode != 0 and 'cannot write 6 records to' in err and 'free 0.393 MB' in err
-    assert text == '' and not list(out.iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(DglitError, match='cannot write 6 records to .* free 0.393 MB'): sweep(SPECS, tmp_path/'runs')
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path/'runs').iterdir())
 
 
-def test_room_is_asked_for_what_is_still_to_run_only(tmp_path, monkeypatch):
+def test_room_is_asked_for_what_is_still_to_run_only(at_once, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(module, 'room', lambda folder, size, what: asked.append(size))
     first = sweep(SPECS[:2], tmp_path)
@@ -394,7 +408,7 @@ class Disk:
         return self.write(path, content)
 
 
-def test_the_disk_is_full_for_a_while(tmp_path, monkeypatch):
+def test_the_disk_is_full_for_a_while(at_once, tmp_path, monkeypatch):
     "A training that has ended is held, and written when there is room."
     Disk(monkeypatch, 2)                                                         # the worker's try, and the sweep's
     said = []
@@ -403,7 +417,7 @@ def test_the_disk_is_full_for_a_while(tmp_path, monkeypatch):
     assert len(said) == 1 and 'No space left' in said[0] and 'in memory' in said[0]
 
 
-def test_the_disk_stays_full(tmp_path, monkeypatch):
+def test_the_disk_stays_full(at_once, tmp_path, monkeypatch):
     "The records go elsewhere, and that is said; and where there is no elsewhere they are printed."
     monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path/'elsewhere'))
     (tmp_path/'elsewhere').mkdir()
@@ -449,7 +463,7 @@ def test_a_link_in_the_files_place_is_replaced(tmp_path):
     assert (tmp_path/'target').read_text() == 'mine' and not (tmp_path/'nowhere').exists()
 
 
-def test_a_folder_that_vanishes_is_made_again(tmp_path):
+def test_a_folder_that_vanishes_is_made_again(at_once, tmp_path):
     import shutil
     runs = sweep(SPECS[:3], tmp_path/'runs', finished=lambda r, done, total: done == 1 and shutil.rmtree(tmp_path/'runs'))
     assert sorted(read_runs(tmp_path/'runs'), key=lambda r: r.spec.seed) == runs and len(runs) == 3
@@ -458,10 +472,9 @@ def test_a_folder_that_vanishes_is_made_again(tmp_path):
 # elsewhere
 
 def test_missing_data_is_found_before_training(tmp_path, monkeypatch):
-    def missing(): raise DglitError('no MNIST here')
-    monkeypatch.setitem(module.SOURCES, 'mnist', missing)
-    module._digits.cache_clear()
-    with pytest.raises(DglitError, match='no MNIST here'): sweep([replace(SPECS[0], source='mnist')], tmp_path, jobs=2)
+    monkeypatch.setenv('DGLIT_DATA', str(tmp_path/'no-data'))
+    monkeypatch.setattr('urllib.request.urlopen', lambda *_, **__: (_ for _ in ()).throw(OSError('offline')))
+    with pytest.raises(DglitError, match='MNIST'): sweep([replace(SPECS[0], digits='mnist')], tmp_path, jobs=2)
     assert not records(tmp_path)
 
 
@@ -473,7 +486,7 @@ def test_a_dask_cluster_of_two_workers(tmp_path):
         runs = sweep(SPECS[:4], tmp_path/'dask', jobs=2, finished=lambda r, done, total: seen.append(done), backend='dask', address=cluster.scheduler_address)
     assert seen == [1, 2, 3, 4] and len(read_runs(tmp_path/'dask')) == 4
     here = sweep(SPECS[:1], tmp_path/'here')
-    assert [o['valid'] for o in here[0].curve] == pytest.approx([o['valid'] for o in runs[0].curve], abs=2)
+    assert here[0].at('last')['valid'] == pytest.approx(runs[0].at('last')['valid'], abs=2)
 
 
 @pytest.mark.parametrize('address', ['tcp://127.0.0.1:1', 'tcp://nowhere.invalid:8786', 'nonsense', 'foo://bar', 'tcp://host:port', '\0'])
@@ -491,13 +504,13 @@ def test_a_backend_that_is_not_installed(tmp_path, monkeypatch):
 
 # progress
 
-def made(method, epochs, seconds): return Run(Spec(method=method, epochs=epochs), 'done', {}, 0, [dict(epoch=e) for e in range(epochs)], seconds, '', {}, '')
+def made(method, epochs, seconds): return done(Spec(methods=method, epochs=epochs), seconds=seconds)
 
 
 def test_time_left():
     runs = [made('erm', 2, 20.), made('jigsaw', 2, 60.)]
-    assert seconds_left([Spec(), Spec(method='jigsaw')], runs) == 100 + 300
-    assert seconds_left([Spec(), Spec(method='jigsaw')], runs, jobs=2) == 200
+    assert seconds_left([Spec(), Spec(methods='jigsaw')], runs) == 100 + 300
+    assert seconds_left([Spec(), Spec(methods='jigsaw')], runs, jobs=2) == 200
     assert seconds_left([Spec()], runs, jobs=8) == 100                           # one run cannot be shared
     assert seconds_left([Spec()], []) is None and seconds_left([], []) == 0
 
@@ -509,7 +522,7 @@ def test_the_time_left_of_thousands_of_runs_is_told_at_once():
     assert time.process_time() - start < .2                                      # 2.9 s when it was quadratic
 
 
-def test_progress_tells_what_is_done(tmp_path, capsys):
+def test_progress_tells_what_is_done(at_once, tmp_path, capsys):
     sweep_with_progress(SPECS[:2], tmp_path)
     out = capsys.readouterr().out
     assert 'erm, seed 0: valid' in out and 'erm, seed 1: valid' in out and '2/2' in out and '0:00:00 left' in out

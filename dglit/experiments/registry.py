@@ -30,12 +30,18 @@ from ..data.mnist import load_digits, load_mnist
 from ..data.mnist_mp import mnist_mp, mnist_plain, mnist_up
 from ..data.more_colored_mnist import colored_mnist_three, full_colored_mnist
 from ..data.rotated_mnist import rotated_mnist
+from ..methods.alignment import CORAL, DANN
+from ..methods.bottleneck import BIRM, IBERM
 from ..methods.cim import CIM
 from ..methods.decov import DeCov
 from ..methods.dropout import ChannelDropout
+from ..methods.edges import EdgeLoss
+from ..methods.head_gradients import IGA, Fishr, HessianAlignment
 from ..methods.irm import IRM, GroupDRO, VREx
 from ..methods.jigsaw import Jigsaw
 from ..methods.orthogonality import DoubleSoftOrthogonality
+from ..methods.mixstyle import MixStyle
+from ..methods.pair import PAIR
 from ..methods.rcl import RCL
 from ..methods.reconstruction import Reconstruction
 from ..methods.rsc import RSC
@@ -80,11 +86,10 @@ DATASETS = dict(mnist_mp=from_source(mnist_mp), mnist_up=from_source(mnist_up),
 MODELS = dict(convnet=ConvNet, mlp=MLP)
 
 # %% ../../nbs/foundations/27_registry.ipynb #df458fb7
-METHODS = dict(erm=None, rcl=RCL, dropout=ChannelDropout, orthogonality=DoubleSoftOrthogonality, decov=DeCov,
-               jigsaw=Jigsaw,
-               reconstruction=Reconstruction, spectral_decoupling=SpectralDecoupling, rsc=RSC, irm=IRM,
-               vrex=VREx,
-               group_dro=GroupDRO, cim=CIM, vib=VIB, scl=SCL, sam=SAM) # erm: plain training
+METHODS = dict(erm=None, rcl=RCL, dropout=ChannelDropout, orthogonality=DoubleSoftOrthogonality, decov=DeCov, jigsaw=Jigsaw,
+               reconstruction=Reconstruction, spectral_decoupling=SpectralDecoupling, rsc=RSC, irm=IRM, vrex=VREx,
+               group_dro=GroupDRO, cim=CIM, vib=VIB, scl=SCL, sam=SAM, fishr=Fishr, hessian=HessianAlignment,
+               iga=IGA, iberm=IBERM, birm=BIRM, pair=PAIR, coral=CORAL, dann=DANN, edges=EdgeLoss, mixstyle=MixStyle) # erm: plain training
 
 # %% ../../nbs/foundations/27_registry.ipynb #a4de0ea2
 LOSSES = dict(cross_entropy=CrossEntropyLossFlat,

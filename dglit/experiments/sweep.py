@@ -51,8 +51,9 @@ def writable(
 # %% ../../nbs/foundations/32_sweep.ipynb #04151809
 def _finished(path, failed=False):
     "The run in a file, if there is one and it did not fail (or `failed` says that it may)."
-    runs = [r for r in read_runs(path) if failed or r.status != 'failed'] if os.path.lexists(path) else []
-    return runs[0] if runs else None
+    if not os.path.lexists(path): return
+    if os.path.isdir(path): raise DglitError(f'{shown(path)} is a folder: move it away')
+    return next((r for r in read_runs(path) if failed or r.status != 'failed'), None)
 
 @contextmanager
 def _locked(lock, wait=False):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..core import DglitError, at_least_float32, choose, one_each
+from ..core import DglitError, at_least_float32, choose, draw, one_each
 from .ms_ssim import ms_ssim
 
 # %% ../../nbs/cim/03_triplets.ipynb #e5660c6b
@@ -23,7 +23,7 @@ def sample_triplets(
     "For each example of a batch another of its class, and one of another class (CIM §3.1)."
     n,dev = len(labels),labels.device
     y = one_each(labels, n)
-    shuffled,turn = torch.randperm(n, generator=order).to(dev),torch.rand(1, generator=order).to(dev)
+    shuffled,turn = (draw(f, k, rng=order, device=dev) for f,k in ((torch.randperm, n), (torch.rand, 1)))
     ranked = shuffled[y[shuffled].argsort(stable=True)] # a run of neighbours for each class
     s,i = y[ranked],torch.arange(n, device=dev)
     start,end = torch.searchsorted(s, s),torch.searchsorted(s, s, right=True) # of each one's run
@@ -45,7 +45,7 @@ def draw_triplets(
     y,(s,ranked) = one_each(labels, len(labels)),one_each(pool, len(pool)).sort()
     start,end,n = torch.searchsorted(s, y),torch.searchsorted(s, y, right=True),len(s)
     size = end - start
-    u,v = torch.rand(2, len(y), generator=order).to(y.device)
+    u,v = draw(torch.rand, 2, len(y), rng=order, device=y.device)
     def one_of(k, u): return (u*k).long().clamp(max=k-1).clamp(min=0) # u*k may round up to k
     positive,negative = start + one_of(size, u),end + one_of(n-size, v)
     return ranked[positive % n], ranked[negative % n], (size > 0) & (size < n)
