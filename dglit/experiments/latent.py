@@ -10,7 +10,10 @@ __all__ = ['latent_points', 'plot_latent']
 # %% ../../nbs/foundations/33_latent.ipynb #c93e44d5
 import pandas as pd
 import torch
+from fastai.callback.hook import hook_output
 from sklearn.manifold import TSNE
+
+from ..methods.core import body_of
 
 # %% ../../nbs/foundations/33_latent.ipynb #35c40c5e
 def latent_points(
@@ -21,9 +24,8 @@ def latent_points(
 ) -> pd.DataFrame: # x, y, label and correct for each image
     "The body's features of a domain's first `n` images in two dimensions, by t-SNE."
     x,y = (torch.cat(o)[:n] for o in zip(*learn.dls.domains[domain]))
-    with torch.no_grad():
-        f = learn.model.eval().body(x)
-        correct = learn.model.head(f).argmax(1) == y
+    with torch.no_grad(), hook_output(body_of(learn.model)) as hook: z = learn.model.eval()(x)
+    f,correct = hook.stored,z.argmax(1) == y
     points = TSNE(random_state=seed, init='pca').fit_transform(f.flatten(1).cpu().numpy())
     return pd.DataFrame(dict(x=points[:,0], y=points[:,1], label=y.cpu(), correct=correct.cpu()))
 

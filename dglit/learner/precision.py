@@ -16,11 +16,12 @@ class BFloat16(MixedPrecision):
     "Trains and evaluates under bfloat16 autocast, on any device."
     def __init__(self): self.amp_mode,self.inside = AMPMode.BF16,False
     def before_fit(self):
-        self.leave()
         self.autocast = torch.autocast(torch.device(self.dls.device).type, torch.bfloat16)
-        self.learn.scaler,self.scales = torch.amp.GradScaler(enabled=False),[] # bfloat16 has float32's range: nothing to scale
-    def before_batch(self): self.leave(); self.autocast.__enter__(); self.inside = True
-    def after_loss(self): self.leave()
-    def leave(self): # an error in a batch would leave autocast on for the whole program
+        scaler = torch.amp.GradScaler(enabled=False) # bfloat16 has float32's range: nothing to scale
+        self.learn.scaler,self.scales = scaler,[]
+
+    def before_batch(self): self.autocast.__enter__(); self.inside = True
+    def after_loss(self): self.close_step()
+    def close_step(self): # whatever interrupts a step, autocast would else stay on for the whole program
         if self.inside: self.autocast.__exit__(None, None, None)
         self.inside = False

@@ -10,9 +10,11 @@ __all__ = ['InvarianceMethod', 'IRM', 'VREx', 'GroupDRO']
 # %% ../../nbs/irm/03_methods.ipynb #1228c1a3
 from math import inf
 
-from torch.nn.functional import pad
+import torch
+from torch import Tensor
 
 from ..core import DglitError
+from ..losses.domains import domain_means, mean_over_domains, variance_over_domains
 from ..losses.irm import irm_penalty
 from .core import DomainMethod
 
@@ -22,73 +24,92 @@ class InvarianceMethod(DomainMethod):
     order = 5.5 # after the methods that add a term, as it divides their sum
     def __init__(self,
         weight:float=1e4, # Weight of the penalty from `anneal_steps` on: a number, or a fastai schedule
-        anneal_steps:int=100, # Steps of a fit in which the weight is 1 (or `weight`, if that is less)
-        l2:float=0. # Weight of the sum of the squared parameters
+        anneal_steps:int=100, # Steps of a fit before that, with another weight
+        l2:float=0., # Weight of the sum of the squared parameters
+        weight_before:float=1. # Weight in the first `anneal_steps` (or `weight`, if that is less)
     ):
         super().__init__(weight)
-        self.anneal_steps,self.l2 = anneal_steps,l2
-
-    def before_fit(self):
-        super().before_fit()
-        if sum(isinstance(o, InvarianceMethod) for o in self.learn.cbs) > 1: raise DglitError("IRM and VREx both divide the loss: use one of them at a time")
+        self.anneal_steps,self.l2,self.weight_before = anneal_steps,l2,weight_before
 
     def after_pred(self):
         super().after_pred()
-        if (self.domain == self.domain[0]).all():
-            raise DglitError(f"{type(self).__name__} compares domains, and this batch of {len(self.domain)} is all of domain {self.domain[0]}: "
-                             "mix them, as DomainLoaders.from_tensors(..., balanced=True) does")
+        begun = self.epoch + self.iter > 0 or getattr(self.learn, 'side_by_side', False) # looked at once a fit
+        if begun or len(self.domain_ids) > 1: return
+        raise DglitError(f"{type(self).__name__} compares domains, and this batch of {len(self.domain)} is all "
+                         f"of domain {self.domain[0]}: mix them, as DomainLoaders.from_tensors(..., balanced=True) does")
 
     def weight_now(self):
         w,step = super().weight_now(), self.epoch*self.n_iter + self.iter
-        return w if step >= self.anneal_steps else min(w, 1.)
+        return w if step >= self.anneal_steps else min(w, self.weight_before)
 
     def after_loss(self):
         super().after_loss()
-        if self.l2: self.learn.loss_grad = self.loss_grad + self.l2*sum(p.pow(2).sum() for p in self.model.parameters())
-        self.learn.loss_grad = self.loss_grad/max(self.weight_now(), 1.)
+        penalties = [o for o in self.learn.cbs.sorted('order') if isinstance(o, InvarianceMethod)]
+        if self is not penalties[-1]: return
+        loss,l2 = self.loss_grad + self.unequal(), sum(o.l2 for o in penalties)
+        if l2: loss = loss + l2*sum(p.pow(2).sum() for p in self.model.parameters())
+        self.learn.loss_grad = loss/max(1., *(o.weight_now() for o in penalties))
+
+    def unequal(self):
+        "The mean over environments less the mean over examples: 0 for batches with as many of each."
+        each = self.losses(self.pred, self.y)
+        return mean_over_domains(*self.mean_by_domain(each)) - each.mean()
 
 # %% ../../nbs/irm/03_methods.ipynb #430837d3
 class IRM(InvarianceMethod):
     "Invariant risk minimization, IRMv1 (Arjovsky et al. 2019, §3.1 and Appendix D)."
     def __init__(self,
         weight:float=1e4, # Weight of the penalty from `anneal_steps` on: a number, or a fastai schedule
-        anneal_steps:int=100, # Steps of a fit in which the weight is 1 (or `weight`, if that is less)
+        anneal_steps:int=100, # Steps of a fit before that, with another weight
         l2:float=0., # Weight of the sum of the squared parameters
+        weight_before:float=1., # Weight in the first `anneal_steps` (or `weight`, if that is less)
         unbiased:bool=False # The estimate for small batches: see `irm_penalty`
     ):
-        super().__init__(weight, anneal_steps, l2)
+        super().__init__(weight, anneal_steps, l2, weight_before)
         self.unbiased = unbiased
 
-    def term(self): return irm_penalty(self.pred, self.y, self.domain, self.losses, self.unbiased)
+    def term(self):
+        if self.known is None: return irm_penalty(self.pred, self.y, self.domain, self.losses, self.unbiased)
+        index = torch.searchsorted(self.known, self.domain)
+        return irm_penalty(self.pred, self.y, index, self.losses, self.unbiased, len(self.known))
 
 # %% ../../nbs/irm/03_methods.ipynb #ef48a00d
 class VREx(InvarianceMethod):
     "Variance risk extrapolation (Krueger et al. 2021, Eq. 8)."
-    def term(self):
-        risks,there = self.domain_risks()
-        return risks[there].var(unbiased=False)
+    def term(self): return variance_over_domains(*self.mean_by_domain(self.losses(self.pred, self.y)))
 
 # %% ../../nbs/irm/03_methods.ipynb #7e87a1a6
 class GroupDRO(DomainMethod):
-    "Group distributionally robust optimization (Sagawa et al. 2020, Algorithm 1); `q` are the weights of the domains."
+    "Group distributionally robust optimization (Sagawa et al. 2020, Algorithm 1)."
+    ids = log_q = None
     def __init__(self,
         weight:float=1., # 1: the robust risk in place of the mean; 0: plain training
         step_size:float=.01 # Eta of Algorithm 1: how fast `q` moves
     ):
         super().__init__(weight)
-        self.step_size,self.log_q = step_size,None
+        self.step_size = step_size
 
     def before_train(self):
         super().before_train()
-        if self.epoch == 0: self.log_q = None
+        if self.epoch == 0: self.ids = self.log_q = None
+
+    def meet(self, ids): # domains not met before begin as all did
+        if self.ids is None: self.ids,self.log_q = ids[:0],ids.new_zeros(0, dtype=torch.float32)
+        met = torch.cat([self.ids, ids]).unique()
+        log_q = self.log_q.new_zeros(len(met))
+        log_q[torch.searchsorted(met, self.ids)] = self.log_q
+        self.ids,self.log_q = met,log_q
 
     def term(self):
-        risks,there = self.domain_risks()
-        log_q = risks.new_zeros(len(risks)) if self.log_q is None else self.log_q
-        log_q = pad(log_q, (0, max(0, len(risks) - len(log_q))))                                  # a domain not met before: as at the start
-        self.log_q = log_q + pad(self.step_size*risks.detach(), (0, len(log_q) - len(risks)))
-        here = self.log_q[:len(risks)].masked_fill(~there, -inf).softmax(0)
-        return (here*risks).sum() - self.loss
+        if self.known is None: self.meet(self.domain_ids)
+        elif self.log_q is None: self.ids,self.log_q = self.known,torch.zeros_like(self.known, dtype=torch.float32)
+        index = torch.searchsorted(self.ids, self.domain)
+        risks,n = domain_means(self.losses(self.pred, self.y), index, len(self.ids))
+        if not self.second_pass: self.log_q = self.log_q + self.step_size*risks.detach()
+        return (self.log_q.masked_fill(n == 0, -inf).softmax(0)*risks).sum() - self.loss
 
     @property
-    def q(self): return self.log_q.softmax(0)
+    def q(self) -> Tensor: # [E], in the order of `ids`
+        "The weights of the domains that training has met."
+        if self.log_q is not None: return self.log_q.softmax(0)
+        raise DglitError("GroupDRO has no weights yet: they are made in training, by fit")

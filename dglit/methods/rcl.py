@@ -29,4 +29,4 @@ class RCL(FeatureMethod):
         self.margin,self.per = float(margin),per
         check_margin(self.margin); choose(per, READINGS, 'per')
 
-    def term(self): return reverse_contrastive_loss(self.features, self.y, self.margin, self.per)
+    def term(self): return reverse_contrastive_loss(self.features, self.labels, self.margin, self.per)

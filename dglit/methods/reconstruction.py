@@ -25,7 +25,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.size,c = size,max(c_in//2, c_out)
         self.layers = nn.Sequential(
-            nn.ConvTranspose2d(c_in, c_in, 2, stride=2), nn.ReLU(), nn.ConvTranspose2d(c_in, c, 5), nn.ReLU(),
+            nn.ConvTranspose2d(c_in, c_in, 2, stride=2), nn.ReLU(),
+            nn.ConvTranspose2d(c_in, c, 5), nn.ReLU(),
             nn.ConvTranspose2d(c, c, 2, stride=2), nn.ReLU(), nn.ConvTranspose2d(c, c_out, 5))
         self.to(memory_format=torch.channels_last)
 
@@ -48,9 +49,13 @@ class Reconstruction(SideNet):
         self.net = decoder
 
     def make_net(self, features):
-        if features.ndim != 4: raise DglitError(f"features of shape {tuple(features.shape)}: Decoder needs [N,C,H,W]; give a decoder of your own")
+        if features.ndim != 4:
+            raise DglitError(f"features of shape {tuple(features.shape)}: Decoder needs [N,C,H,W]; "
+                             "give a decoder of your own")
         low,high = self.x.aminmax()
-        if low < -1 or high > 1: raise DglitError(f"images from {low:.2f} to {high:.2f}: Decoder draws in [-1, 1]; rescale them, or give a decoder of your own")
+        if low < -1 or high > 1:
+            raise DglitError(f"images from {low:.2f} to {high:.2f}: Decoder draws in [-1, 1]; "
+                             "rescale them, or give a decoder of your own")
         return Decoder(features.shape[1], self.x.shape[1], self.x.shape[-2:])
 
     def term(self): return nn.functional.mse_loss(self.net(self.features).float(), self.x.float())

@@ -13,25 +13,21 @@ from torch import nn
 from ..core import choose
 from ..losses.triplets import scl_loss
 from .cim import TRIPLET_SOURCES, triplets_of
-from .core import FeatureMethod, hook_input, last_layer
+from .core import LastFeatureMethod
 
 # %% ../../nbs/cim/08_scl.ipynb #fb6d603e
-class SCL(FeatureMethod):
+class SCL(LastFeatureMethod):
     "Supervised contrastive learning beside the classifier (CIM Eq. 12, after Khosla et al., 2020)."
     pool = None
     def __init__(self,
         weight:float=1., # Weight of the contrastive loss: a number, or a fastai schedule
         sample:str='batch', # Where positives and negatives come from: 'batch' or 'train', all training data
-        module:nn.Module|None=None # Module whose input are the features [N,D]; None: the model's last linear layer
+        module:nn.Module|None=None # Layer whose input are the features [N,D]; None: the model's last
     ):
         super().__init__(weight, module)
         self.sample = choose(sample, TRIPLET_SOURCES, 'sample')
 
-    def make_hook(self): return hook_input(self.module or last_layer(self.model))
-    def term(self): return scl_loss(self.features, *triplets_of(self, self.features, self.encode))
+    def term(self): return scl_loss(self.features, *triplets_of(self, self.features, self.features_of))
     def after_fit(self):
         super().after_fit()
         self.pool = None
-    def encode(self, x):
-        self.model(x)
-        return self.hook.stored

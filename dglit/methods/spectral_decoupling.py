@@ -22,7 +22,7 @@ def spectral_decoupling(
 
 # %% ../../nbs/rivals/08_spectral_decoupling.ipynb #d3e759c8
 class SpectralDecoupling(Method):
-    "Keeps logits small, so that no feature starves the others of gradient (Pezeshki et al., 2021; Duboudin et al., §5.1)."
+    "Keeps logits small, so that no feature starves the others of gradient (Pezeshki et al., 2021)."
     def __init__(self,
         weight:float=5. # Weight of the penalty: a number, or a fastai schedule
     ): super().__init__(weight)
