@@ -7,34 +7,53 @@ from dglit.data.colored_mnist import *
 from dglit.data.loaders import *
 from dglit.data.mnist import *
 from dglit.data.mnist_mp import *
+from dglit.data.more_colored_mnist import *
+from dglit.data.rotated_mnist import *
 from dglit.data.structural_equations import *
+from dglit.data.two_clues import *
+from dglit.data.unit_tests import *
 from dglit.experiments.causal import *
 from dglit.experiments.latent import *
-from dglit.experiments.run import Run, Spec, run
-from dglit.experiments.sweep import sweep
-from dglit.experiments.tables import CIM_BACKGROUND_MNIST, IRM_COLORED_MNIST, RCL_TABLE2, TABLES, as_markdown, cim_by_alpha, plot_table, read_runs, report, runs_of, summarise
+from dglit.experiments.record import *
+from dglit.experiments.registry import *
+from dglit.experiments.run import *
+from dglit.experiments.search import *
+from dglit.experiments.spec import *
+from dglit.experiments.sweep import *
+from dglit.experiments.tables import *
 from dglit.learner.learner import *
+from dglit.learner.measuring import *
 from dglit.learner.precision import *
+from dglit.learner.rich_features import *
 from dglit.learner.saving import *
 from dglit.learner.selection import *
 from dglit.learner.tracking import *
+from dglit.losses.balance import *
+from dglit.losses.birm import *
 from dglit.losses.bottleneck import *
 from dglit.losses.decov import *
+from dglit.losses.domains import *
+from dglit.losses.feature_statistics import *
+from dglit.losses.head_gradients import *
 from dglit.losses.irm import *
 from dglit.losses.ms_ssim import *
 from dglit.losses.orthogonality import *
 from dglit.losses.rcl import *
 from dglit.losses.triplets import *
+from dglit.methods.alignment import *
+from dglit.methods.bottleneck import *
 from dglit.methods.cim import *
 from dglit.methods.core import *
 from dglit.methods.decov import *
 from dglit.methods.domains import *
 from dglit.methods.dropout import *
+from dglit.methods.head_gradients import *
 from dglit.methods.hooks import *
 from dglit.methods.irm import *
 from dglit.methods.jigsaw import *
 from dglit.methods.nets import *
 from dglit.methods.orthogonality import *
+from dglit.methods.pair import *
 from dglit.methods.parts import *
 from dglit.methods.rcl import *
 from dglit.methods.reconstruction import *
@@ -47,3 +66,8 @@ from dglit.methods.vib import *
 from dglit.models.convnet import *
 from dglit.models.mlp import *
 from dglit.models.transformation import *
+from dglit.papers import SEARCHES, TABLES
+from dglit.papers.cim import CIM_BACKGROUND_MNIST, CIM_SEARCH
+from dglit.papers.irm import IRM_COLORED_MNIST, IRM_RISKS, IRM_SEARCH
+from dglit.papers.rcl import RCL_OPEN_POINTS, RCL_TABLE2
+from dglit.style import *

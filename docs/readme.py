@@ -16,7 +16,7 @@ def readme():
         options = [line[2:].strip() for line in source.splitlines() if line.startswith('#|')]
         if 'hide' in options: continue
         if 'echo: false' not in options: parts.append(f'```python\n{source}\n```')
-        caption = next((o.removeprefix('fig-cap: ') for o in options if o.startswith('fig-cap')), '')
+        caption = next((o.removeprefix('fig-cap: ').strip('"') for o in options if o.startswith('fig-cap')), '')
         for out in cell['outputs']:
             data = out.get('data', {})
             if out['output_type'] == 'stream': parts.append('```\n' + ''.join(out['text']).rstrip() + '\n```')

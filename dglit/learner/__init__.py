@@ -1,6 +1,7 @@
 "Building, measuring, selecting, saving, precision."
-from .learner import domain_learner, evaluate
+from .learner import domain_learner
+from .measuring import evaluate
 from .precision import BFloat16
 from .saving import load_trained, save_trained
-from .selection import select_epoch
-from .tracking import TrackDomains, accuracy, is_right
+from .selection import RULES, parse_rule, select_epoch
+from .tracking import Answers, TrackDomains, accuracy, answers_on, is_right

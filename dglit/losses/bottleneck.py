@@ -8,14 +8,15 @@ Docs: https://dglit.github.io/dglit/cim/bottleneck.html.md"""
 __all__ = ['gaussian_kl']
 
 # %% ../../nbs/cim/06_bottleneck.ipynb #5b76ba3a
-import torch
 from torch import Tensor
+
+from ..core import at_least_float32
 
 # %% ../../nbs/cim/06_bottleneck.ipynb #fbef57ab
 def gaussian_kl(
     mean:Tensor, # mu [N,D]
     scale:Tensor # sigma [N,D], above 0
 ) -> Tensor: # A scalar, at least 0, in float32 at least
-    "The divergence of N(mean, scale²) from N(0, I) in nats: the sum over the dimensions, the mean over the batch."
-    m,s = (o.to(torch.promote_types(o.dtype, torch.float32)) for o in (mean, scale))
+    "The divergence of N(mean, scale²) from N(0, I) in nats: summed over dimensions, mean over the batch."
+    m,s = at_least_float32(mean),at_least_float32(scale)
     return ((m*m + s*s - 1)/2 - s.log()).sum(1).mean()

@@ -11,12 +11,14 @@ __all__ = ['decov']
 import torch
 from torch import Tensor
 
+from ..core import at_least_float32
+
 # %% ../../nbs/rivals/04_decov_loss.ipynb #345a6d94
 def decov(
     features:Tensor # Activations [N,C] or [N,C,H,W], of any floating type
 ) -> Tensor: # A scalar, zero or positive, in float32 (float64 for float64 features)
     "Half the sum of squared covariances between different channels (Cogswell et al., 2016)."
-    h = features.to(torch.promote_types(features.dtype, torch.float32)).movedim(1, -1).flatten(0, -2)
+    h = at_least_float32(features).movedim(1, -1).flatten(0, -2)
     h = h - h.mean(0)
     with torch.autocast(h.device.type, enabled=False): c = h.T @ h/len(h)
     return (c.square().sum() - c.diagonal().square().sum())/2

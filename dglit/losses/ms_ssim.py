@@ -8,22 +8,30 @@ Docs: https://dglit.github.io/dglit/cim/ms_ssim.html.md"""
 __all__ = ['SCALE_WEIGHTS', 'blur_matrix', 'local_statistics', 'check_levels', 'ms_ssim']
 
 # %% ../../nbs/cim/02_ms_ssim.ipynb #ca19d059
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from pytorch_msssim.ssim import _fspecial_gauss_1d
 from torch import Tensor
 
-from ..core import DglitError
+from ..core import DglitError, at_least_float32
 
 # %% ../../nbs/cim/02_ms_ssim.ipynb #e396616d
+def _blur_matrix(size, win_size, dtype, device):
+    with torch.inference_mode(False): # one that was made in evaluation must serve in training
+        window = _fspecial_gauss_1d(win_size, 1.5).to(device, dtype).flatten()
+        return F.pad(window, (size-win_size, size-win_size)).unfold(0, size, 1).flip(0)
+_kept = lru_cache(_blur_matrix)
+
 def blur_matrix(
     size:int, # Pixels on a side
     win_size:int, # Pixels of the window
     like:Tensor # The matrix has its type and device
-) -> Tensor: # [size - win_size + 1, size]
+) -> Tensor: # [size - win_size + 1, size]: the same each time, so not to be changed
     "The matrix that filters a side with the Gaussian window, where the window fits."
-    window = _fspecial_gauss_1d(win_size, 1.5).to(like).flatten()
-    return F.pad(window, (size-win_size, size-win_size)).unfold(0, size, 1).flip(0)
+    make = _blur_matrix if torch.compiler.is_compiling() else _kept
+    return make(size, win_size, like.dtype, like.device)
 
 # %% ../../nbs/cim/02_ms_ssim.ipynb #197f584d
 def local_statistics(
@@ -46,37 +54,43 @@ def check_levels(
     levels:int # Number of scales: 1 to 5
 ):
     "A `DglitError` if the window does not fit into the images at the coarsest scale."
-    if win_size < 1 or win_size % 2 == 0: raise DglitError(f"win_size {win_size}: needed an odd number of pixels")
-    if not 1 <= levels <= len(SCALE_WEIGHTS): raise DglitError(f"levels {levels}: needed 1 to {len(SCALE_WEIGHTS)}")
-    fits = [n for n in range(1, 6) if -(-min(size)//2**(n-1)) >= win_size] # each halving rounds up
-    if levels > len(fits): raise DglitError(f"images of {size[0]}x{size[1]} pixels are too small for {levels} levels of a {win_size}-pixel window: " +
-        (f"levels can be at most {len(fits)}" if fits else f"win_size can be at most {min(size) - (min(size) + 1) % 2}"))
+    most,side = len(SCALE_WEIGHTS),min(size)
+    if win_size < 1 or win_size % 2 == 0: raise DglitError(f"win_size {win_size}: needed an odd number")
+    if not 1 <= levels <= most: raise DglitError(f"levels {levels}: needed 1 to {most}")
+    fits = sum(-(-side//2**n) >= win_size for n in range(most)) # each halving rounds up
+    if levels <= fits: return
+    remedy = f"levels can be at most {fits}" if fits else f"win_size can be at most {side - (side + 1) % 2}"
+    raise DglitError(f"images of {size[0]}x{size[1]} pixels are too small for {levels} levels "
+                     f"of a {win_size}-pixel window: {remedy}")
 
 # %% ../../nbs/cim/02_ms_ssim.ipynb #5f73781c
 def _power(x, w): # 0 for x <= 0, with a gradient of 0
-    above = x > 0
-    return torch.where(above, x.where(above, torch.ones_like(x))**w, torch.zeros_like(x))
+    return x.masked_fill(x <= 0, 1.).pow(w).masked_fill(x <= 0, 0.)
 
+def _halve(x):
+    odd = [n % 2 for n in x.shape[-2:]]
+    return F.avg_pool2d(x.flatten(0, -3), 2, padding=odd).unflatten(0, x.shape[:-2])
+
+# %% ../../nbs/cim/02_ms_ssim.ipynb #e967add9
 def ms_ssim(
     x:Tensor, # Images [...,C,H,W] with values in [0, data_range]
     y:Tensor, # Images whose shape broadcasts with those of `x`, such as [2,N,C,H,W] beside [N,C,H,W]
     win_size:int=5, # Side of the window in pixels: odd
     levels:int=3, # Number of scales: 1 (which is SSIM) to 5
     data_range:float=1., # L, the range of the values
-    floor:float=0. # What a scale counts at least; above 0 the others keep their gradient where one is at the floor
+    floor:float=0. # What a scale counts at least; above 0 the others keep their gradient there
 ) -> Tensor: # [...]: 1 where the images are equal, at least 0; in float32 at least
     "Multi-scale structural similarity (CIM §2.3, Eq. 5; Wang et al., 2003), the mean over the channels."
     check_levels(x.shape[-2:], win_size, levels)
     C1,C2,score = (.01*data_range)**2, (.03*data_range)**2, 1.
-    total = sum(SCALE_WEIGHTS[:levels]) if levels < len(SCALE_WEIGHTS) else 1. # the five are used as published: they sum to 1.0001
+    weights = SCALE_WEIGHTS[:levels]
+    total = sum(weights) if levels < len(SCALE_WEIGHTS) else 1. # all five as published: they sum to 1.0001
+    x,y = at_least_float32(x),at_least_float32(y)
     with torch.autocast(x.device.type, enabled=False):
-        x,y = (o.to(torch.promote_types(o.dtype, torch.float32)) for o in (x,y))
-        for level,w in enumerate(SCALE_WEIGHTS[:levels], 1):
+        for level,w in enumerate(weights, 1):
             mx,my,vx,vy,cov = local_statistics(x, y, win_size)
             alike = (2*cov + C2)/(vx + vy + C2)
             if level == levels: alike = alike*(2*mx*my + C1)/(mx*mx + my*my + C1)
             score = score*_power(alike.mean((-2,-1)).clamp(min=floor), w/total)
-            if level < levels: x,y = (_halve(o) for o in (x,y))
-        return score.mean(-1)
-
-def _halve(x): return F.avg_pool2d(x.flatten(0, -3), 2, padding=[n % 2 for n in x.shape[-2:]]).unflatten(0, x.shape[:-2])
+            if level < levels: x,y = _halve(x),_halve(y)
+    return score.mean(-1)

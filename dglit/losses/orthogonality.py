@@ -11,12 +11,14 @@ __all__ = ['double_soft_orthogonality']
 import torch
 from torch import Tensor
 
+from ..core import at_least_float32
+
 # %% ../../nbs/rivals/02_orthogonality_loss.ipynb #e82a6eb5
 def double_soft_orthogonality(
     weight:Tensor # A layer's filters [k,...], of any floating type
 ) -> Tensor: # A scalar, at least |d - k|, in float32 (float64 for float64 weights)
-    "How far filters are from orthonormal: `|W'W - I|^2 + |WW' - I|^2` (Bansal et al., 2018, double soft orthogonality)."
-    w = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
+    "How far filters are from orthonormal: `|W'W - I|^2 + |WW' - I|^2` (Bansal et al., 2018)."
+    w = at_least_float32(weight).flatten(1)
     k,d = w.shape
     with torch.autocast(w.device.type, enabled=False): gram = w @ w.T if k <= d else w.T @ w
     return 2*(gram - torch.eye(len(gram), device=w.device, dtype=w.dtype)).square().sum() + abs(d-k)

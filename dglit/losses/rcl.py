@@ -13,19 +13,20 @@ from math import inf
 import torch
 from torch import Tensor
 
-from ..core import DglitError, choose
+from ..core import DglitError, at_least_float32, choose, one_each
 
 # %% ../../nbs/rcl/02_loss.ipynb #814d0507
 READINGS = dict(feature=(0,), channel=(0,2,3), batch=None)
 
 def rescale(
     features:Tensor, # Features [N,...]
-    per:str='feature' # What has extremes of its own: each 'feature', each 'channel' (of [N,C,H,W]), or the 'batch' as a whole
+    per:str='feature' # What has extremes of its own: a 'feature', a 'channel' (of [N,C,H,W]), the 'batch'
 ) -> Tensor: # Features in [0,1], in the same shape
-    "Rescale features to [0,1] by their minimum and maximum over the batch (§4.1); what does not vary becomes 0."
+    "Rescale features to [0,1] by the batch's minimum and maximum (§4.1); what does not vary becomes 0."
     dims = choose(per, READINGS, 'per') or tuple(range(features.ndim))
     if per == 'channel' and features.ndim != 4:
-        raise DglitError(f"per='channel' needs features [N,C,H,W], got {tuple(features.shape)}: use per='feature'")
+        shape = tuple(features.shape)
+        raise DglitError(f"per='channel' needs features [N,C,H,W], got {shape}: use per='feature'")
     low,high = features.amin(dims, keepdim=True), features.amax(dims, keepdim=True)
     return (features - low)/(high - low).clamp_min(torch.finfo(features.dtype).eps)
 
@@ -34,28 +35,32 @@ def l1_distances(
     f:Tensor # Points [N,D]
 ) -> Tensor: # [N,N], symmetric, without a gradient
     "L1 distances between all pairs of points."
-    n = len(f)
+    f,n = f.detach(),len(f)
+    try: pairs = torch.pdist(f, p=1)
+    except NotImplementedError: return torch.cdist(f, f, p=1.)
     i,j = torch.triu_indices(n, n, 1, device=f.device)
     d = f.new_zeros(n, n)
-    d[i,j] = torch.pdist(f.detach(), p=1)
+    d[i,j] = pairs
     return d + d.T
 
 # %% ../../nbs/rcl/02_loss.ipynb #a9b55fbe
 def check_margin(margin):
     "A `DglitError` unless `margin` is in (0, inf]."
-    if not margin > 0: raise DglitError(f"margin {margin!r} is not in (0, inf]: it is the share of the distance to the nearest other class that a class may fill")
+    if not margin > 0:
+        raise DglitError(f"margin {margin!r} is not in (0, inf]: "
+                         "it is the share of the distance to the nearest other class that a class may fill")
 
 # %% ../../nbs/rcl/02_loss.ipynb #22958ef7
 def reverse_contrastive_loss(
     features:Tensor, # Features [N,...] of a batch, of any floating type
-    labels:Tensor, # Classes int [N]
+    labels:Tensor, # Classes [N] or [N,1]
     margin:float=inf, # m of Eq. 1, in (0, inf]; inf: no limit
     per:str='feature' # What has extremes of its own when features are rescaled: see `rescale`
 ) -> Tensor: # A scalar, zero or negative, in float32 (float64 for float64 features)
-    "Minus the mean distance of each anchor to its positive, where that is below `margin` times the distance to its negative (Eq. 2)."
+    "Minus the mean distance of anchor and positive, where below `margin` times that to the negative (Eq. 2)."
     check_margin(margin)
-    f = rescale(features.to(torch.promote_types(features.dtype, torch.float32)), per).flatten(1)
-    d,same = l1_distances(f), labels[:,None] == labels
+    y,f = one_each(labels, len(features)), rescale(at_least_float32(features), per).flatten(1)
+    d,same = l1_distances(f), y[:,None] == y
     self_ = torch.eye(len(f), dtype=torch.bool, device=f.device)
     d_pos,pos = d.masked_fill(~same | self_, inf).min(1)
     d_neg = d.masked_fill(same, inf).amin(1)

@@ -12,40 +12,43 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..core import choose
+from ..core import DglitError, at_least_float32, choose, draw, one_each
 from .ms_ssim import ms_ssim
 
 # %% ../../nbs/cim/03_triplets.ipynb #e5660c6b
 def sample_triplets(
-    labels:Tensor, # Classes [N], whole numbers
+    labels:Tensor, # Classes [N] or [N,1], whole numbers
     order:torch.Generator # Of the draw
 ) -> tuple: # (place of each one's positive [N], of its negative [N], whether it has both: bool [N])
     "For each example of a batch another of its class, and one of another class (CIM §3.1)."
     n,dev = len(labels),labels.device
-    shuffled = torch.randperm(n, generator=order).to(dev)
-    ranked = shuffled[labels[shuffled].argsort(stable=True)]
-    turn = torch.rand(1, generator=order).to(dev)
-    s,i = labels[ranked],torch.arange(n, device=dev)
-    start,end = torch.searchsorted(s, s),torch.searchsorted(s, s, right=True)
-    size = end - start
-    positive = start + (i-start+1) % size
-    negative = (end + (i-start + (turn*(n-size)).long()) % (n-size).clamp(min=1)) % n
+    y = one_each(labels, n)
+    shuffled,turn = (draw(f, k, rng=order, device=dev) for f,k in ((torch.randperm, n), (torch.rand, 1)))
+    ranked = shuffled[y[shuffled].argsort(stable=True)] # a run of neighbours for each class
+    s,i = y[ranked],torch.arange(n, device=dev)
+    start,end = torch.searchsorted(s, s),torch.searchsorted(s, s, right=True) # of each one's run
+    size,rank = end - start,i - start
+    others = n - size # in the ring they follow the run
+    first = (turn*others).long()
+    positive = start + (rank + 1) % size
+    negative = (end + (first + rank) % others.clamp(min=1)) % n
     back = ranked.argsort()
-    return ranked[positive][back], ranked[negative][back], ((size > 1) & (size < n))[back]
+    return ranked[positive][back], ranked[negative][back], ((size > 1) & (others > 0))[back]
 
 # %% ../../nbs/cim/03_triplets.ipynb #95bb1c3b
 def draw_triplets(
-    labels:Tensor, # Classes of the anchors [N]
-    pool:Tensor, # Classes of the training data [M]
+    labels:Tensor, # Classes of the anchors [N] or [N,1]
+    pool:Tensor, # Classes of the training data [M] or [M,1]
     order:torch.Generator # Of the draw
-) -> tuple: # (place in the pool of each one's positive [N], of its negative [N], whether the pool has both: bool [N])
+) -> tuple: # (place in the pool of each one's positive [N], of its negative [N], whether it has both [N])
     "For each anchor an example of its class, and one of another, from the training data."
-    s,ranked = pool.sort()
-    start,end,n = torch.searchsorted(s, labels),torch.searchsorted(s, labels, right=True),len(s)
-    u,v = torch.rand(2, len(labels), generator=order).to(labels.device)
+    y,(s,ranked) = one_each(labels, len(labels)),one_each(pool, len(pool)).sort()
+    start,end,n = torch.searchsorted(s, y),torch.searchsorted(s, y, right=True),len(s)
+    size = end - start
+    u,v = draw(torch.rand, 2, len(y), rng=order, device=y.device)
     def one_of(k, u): return (u*k).long().clamp(max=k-1).clamp(min=0) # u*k may round up to k
-    positive,negative = start + one_of(end-start, u), end + one_of(n-end+start, v)
-    return ranked[positive % n], ranked[negative % n], (end > start) & (end-start < n)
+    positive,negative = start + one_of(size, u),end + one_of(n-size, v)
+    return ranked[positive % n], ranked[negative % n], (size > 0) & (size < n)
 
 # %% ../../nbs/cim/03_triplets.ipynb #149c4749
 def inner_product(
@@ -53,22 +56,31 @@ def inner_product(
     y:Tensor # Images whose shape broadcasts with those of `x`
 ) -> Tensor: # [...]
     "The mean product of two images, pixel by pixel (CIM Eq. 10)."
-    x,y = (o.to(torch.promote_types(o.dtype, torch.float32)) for o in (x,y))
-    return (x*y).mean((-3,-2,-1))
+    return (at_least_float32(x)*at_least_float32(y)).mean((-3,-2,-1))
 
 CIM_TERMS = dict(both=(1,-1), positive=(1,0), negative=(0,-1))
+
+# %% ../../nbs/cim/03_triplets.ipynb #b6b3181a
+def _mean_of(each, both): # over the anchors that have both, of [...,N]; 0 if there are none
+    both = one_each(both, each.shape[-1], 'both')
+    return (each*both).sum(-1)/both.sum().clamp(min=1)
+
+def _check_shapes(anchors, *others):
+    for o in others:
+        if o.shape != anchors.shape:
+            raise DglitError(f"{tuple(anchors.shape)} anchors beside {tuple(o.shape)}: needed one for each")
 
 # %% ../../nbs/cim/03_triplets.ipynb #2e3051e4
 def triplet_similarity(
     morphed:Tensor, # psi(x): images [N,C,H,W] with values in [0,1]
     positives:Tensor, # Images of the same classes [N,C,H,W]
     negatives:Tensor, # Images of other classes [N,C,H,W]
-    there:Tensor, # Which anchors have both: bool [N]
+    both:Tensor, # Which anchors have both: bool [N]
     measure=ms_ssim # Images [N,C,H,W] and [2,N,C,H,W] -> [2,N]
 ) -> tuple: # (mean likeness to the positives, to the negatives), 0 where no anchor has both
     "How like the positives and the negatives the morphed anchors are."
-    each = measure(morphed, torch.stack([positives, negatives]))
-    return tuple((each*there).sum(1)/there.sum().clamp(min=1))
+    _check_shapes(morphed, positives, negatives)
+    return tuple(_mean_of(measure(morphed, torch.stack([positives, negatives])), both))
 
 # %% ../../nbs/cim/03_triplets.ipynb #8eea0f8d
 def cim_loss(
@@ -86,9 +98,9 @@ def scl_loss(
     features:Tensor, # Of the anchors [N,D]
     positives:Tensor, # Of the positives [N,D]
     negatives:Tensor, # Of the negatives [N,D]
-    there:Tensor # Which anchors have both: bool [N]
+    both:Tensor # Which anchors have both: bool [N]
 ) -> Tensor: # A scalar in [-4,4], in float32 at least; 0 where no anchor has both
     "Squared distance to the positive minus that to the negative, of features of length 1 (CIM Eq. 12)."
-    e,p,n = (normalize(o.to(torch.promote_types(o.dtype, torch.float32)), dim=1, eps=1e-3) for o in (features, positives, negatives))
-    each = (e-p).square().sum(1) - (e-n).square().sum(1)
-    return (each*there).sum()/there.sum().clamp(min=1)
+    _check_shapes(features, positives, negatives)
+    e,p,n = (normalize(at_least_float32(o), dim=1, eps=1e-3) for o in (features, positives, negatives))
+    return _mean_of((e-p).square().sum(1) - (e-n).square().sum(1), both)

@@ -11,20 +11,20 @@ __all__ = ['drop_channels', 'ChannelDropout']
 import torch
 from torch import Tensor, nn
 
-from ..core import DglitError
+from ..core import DglitError, draw
 from .core import FeatureEdit, step_generator
 
 # %% ../../nbs/rivals/01_dropout.ipynb #06e14a25
 def drop_channels(
     features:Tensor, # Features [N,C] or [N,C,H,W]
-    rate:float, # Probability that a channel is dropped, in [0, 1)
-    rng:torch.Generator|None=None, # On the CPU
+    rate:float|Tensor, # Probability that a channel is dropped, in [0, 1)
+    rng:torch.Generator|None=None, # See `draw`
     rescale:bool=True # Divide what is left by `1 - rate`
 ) -> Tensor: # In the same shape
     "Zero whole channels at random."
     shape = *features.shape[:2], *[1]*(features.ndim-2)
-    keep = (torch.rand(shape, generator=rng) >= rate)/(1-rate if rescale else 1)
-    return features*keep.to(features)
+    keep = draw(torch.rand, shape, rng=rng, device=features.device) >= rate
+    return features*(keep/(1-rate if rescale else 1)).to(features.dtype)
 
 # %% ../../nbs/rivals/01_dropout.ipynb #bd139aa2
 class ChannelDropout(FeatureEdit):
@@ -41,5 +41,5 @@ class ChannelDropout(FeatureEdit):
 
     def edit(self, features):
         rng = step_generator(self)
-        rate = torch.rand((), generator=rng).item() if self.rate is None else self.rate
+        rate = draw(torch.rand, (), rng=rng, device=features.device) if self.rate is None else self.rate
         return drop_channels(features, rate, rng, self.rescale)

@@ -78,6 +78,7 @@ class FeatureEdit(Hooked):
 # %% ../../nbs/foundations/12_hooks.ipynb #eb7dd8c9
 def step_generator(
     cb:Callback # A method, in training
-) -> torch.Generator: # On the CPU, so that every device sees the same numbers
+) -> torch.Generator: # For `draw`; where `learn.seed` is a function, what that makes of the stream's name
     "The generator of a callback's random numbers at this iteration."
-    return generator(getattr(cb.learn, 'seed', torch.initial_seed()), cb.name, cb.epoch, cb.iter)
+    seed,stream = getattr(cb.learn, 'seed', torch.initial_seed()), (cb.name, cb.epoch, cb.iter)
+    return seed(*stream) if callable(seed) else generator(seed, *stream)

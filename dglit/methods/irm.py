@@ -8,16 +8,19 @@ Docs: https://dglit.github.io/dglit/irm/methods.html.md"""
 __all__ = ['InvarianceMethod', 'IRM', 'VREx', 'GroupDRO']
 
 # %% ../../nbs/irm/03_methods.ipynb #1228c1a3
+from math import inf
+
 import torch
 from torch import Tensor
 
 from ..core import DglitError
+from ..losses.domains import domain_means, mean_over_domains, variance_over_domains
 from ..losses.irm import irm_penalty
 from .core import DomainMethod
 
 # %% ../../nbs/irm/03_methods.ipynb #2379b767
 class InvarianceMethod(DomainMethod):
-    "A `DomainMethod` whose weight steps up, the whole loss then divided by it: the recipe of IRM's authors."
+    "A `DomainMethod` whose weight steps up, with the whole loss then divided by it: the recipe of IRM's authors."
     order = 5.5 # after the methods that add a term, as it divides their sum
     def __init__(self,
         weight:float=1e4, # Weight of the penalty from `anneal_steps` on: a number, or a fastai schedule
@@ -30,10 +33,10 @@ class InvarianceMethod(DomainMethod):
 
     def after_pred(self):
         super().after_pred()
-        if len(self.domain_ids) > 1: return
-        n,only = len(self.domain),self.domain[0]
-        raise DglitError(f"{type(self).__name__} compares domains, and this batch of {n} is all of domain "
-                         f"{only}: mix them, as DomainLoaders.from_tensors(..., balanced=True) does")
+        begun = self.epoch + self.iter > 0 or getattr(self.learn, 'side_by_side', False) # looked at once a fit
+        if begun or len(self.domain_ids) > 1: return
+        raise DglitError(f"{type(self).__name__} compares domains, and this batch of {len(self.domain)} is all "
+                         f"of domain {self.domain[0]}: mix them, as DomainLoaders.from_tensors(..., balanced=True) does")
 
     def weight_now(self):
         w,step = super().weight_now(), self.epoch*self.n_iter + self.iter
@@ -50,7 +53,7 @@ class InvarianceMethod(DomainMethod):
     def unequal(self):
         "The mean over environments less the mean over examples: 0 for batches with as many of each."
         each = self.losses(self.pred, self.y)
-        return self.mean_by_domain(each).mean() - each.mean()
+        return mean_over_domains(*self.mean_by_domain(each)) - each.mean()
 
 # %% ../../nbs/irm/03_methods.ipynb #430837d3
 class IRM(InvarianceMethod):
@@ -65,12 +68,15 @@ class IRM(InvarianceMethod):
         super().__init__(weight, anneal_steps, l2, weight_before)
         self.unbiased = unbiased
 
-    def term(self): return irm_penalty(self.pred, self.y, self.domain_index, self.losses, self.unbiased)
+    def term(self):
+        if self.known is None: return irm_penalty(self.pred, self.y, self.domain, self.losses, self.unbiased)
+        index = torch.searchsorted(self.known, self.domain)
+        return irm_penalty(self.pred, self.y, index, self.losses, self.unbiased, len(self.known))
 
 # %% ../../nbs/irm/03_methods.ipynb #ef48a00d
 class VREx(InvarianceMethod):
     "Variance risk extrapolation (Krueger et al. 2021, Eq. 8)."
-    def term(self): return self.domain_risks().var(unbiased=False)
+    def term(self): return variance_over_domains(*self.mean_by_domain(self.losses(self.pred, self.y)))
 
 # %% ../../nbs/irm/03_methods.ipynb #7e87a1a6
 class GroupDRO(DomainMethod):
@@ -89,18 +95,18 @@ class GroupDRO(DomainMethod):
 
     def meet(self, ids): # domains not met before begin as all did
         if self.ids is None: self.ids,self.log_q = ids[:0],ids.new_zeros(0, dtype=torch.float32)
-        known = torch.cat([self.ids, ids]).unique()
-        log_q = self.log_q.new_zeros(len(known))
-        log_q[torch.searchsorted(known, self.ids)] = self.log_q
-        self.ids,self.log_q = known,log_q
+        met = torch.cat([self.ids, ids]).unique()
+        log_q = self.log_q.new_zeros(len(met))
+        log_q[torch.searchsorted(met, self.ids)] = self.log_q
+        self.ids,self.log_q = met,log_q
 
     def term(self):
-        risks,ids = self.domain_risks(),self.domain_ids
-        if not self.second_pass:
-            self.meet(ids)
-            self.log_q[torch.searchsorted(self.ids, ids)] += self.step_size*risks.detach()
-        here = self.log_q[torch.searchsorted(self.ids, ids)].softmax(0)
-        return (here*risks).sum() - self.loss
+        if self.known is None: self.meet(self.domain_ids)
+        elif self.log_q is None: self.ids,self.log_q = self.known,torch.zeros_like(self.known, dtype=torch.float32)
+        index = torch.searchsorted(self.ids, self.domain)
+        risks,n = domain_means(self.losses(self.pred, self.y), index, len(self.ids))
+        if not self.second_pass: self.log_q = self.log_q + self.step_size*risks.detach()
+        return (self.log_q.masked_fill(n == 0, -inf).softmax(0)*risks).sum() - self.loss
 
     @property
     def q(self) -> Tensor: # [E], in the order of `ids`

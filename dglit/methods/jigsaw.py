@@ -8,16 +8,18 @@ Docs: https://dglit.github.io/dglit/rivals/jigsaw.html.md"""
 __all__ = ['PERMUTATIONS', 'shuffle_tiles', 'Jigsaw']
 
 # %% ../../nbs/rivals/06_jigsaw.ipynb #c10289ce
+from functools import lru_cache
 from itertools import permutations
 
 import torch
 from torch import Tensor, nn
 
-from ..core import DglitError
+from ..core import DglitError, draw
 from .core import LastFeatureMethod, SideNet, step_generator
 
 # %% ../../nbs/rivals/06_jigsaw.ipynb #9555307b
 PERMUTATIONS = torch.tensor(list(permutations(range(4)))) # [24,4]
+_permutations_on = lru_cache(PERMUTATIONS.to) # a device, copied there once
 
 def shuffle_tiles(
     x:Tensor, # Images [N,C,H,W] with even H and W
@@ -29,7 +31,7 @@ def shuffle_tiles(
         raise DglitError(f"images of {h}x{w} pixels cannot be cut into 2x2 equal tiles: "
                          "resize or pad them to even sides")
     tiles = x.view(n, c, 2, h//2, 2, w//2).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)     # [N,4,C,H/2,W/2]
-    tiles = tiles[torch.arange(n, device=x.device)[:,None], PERMUTATIONS.to(x.device)[which]]
+    tiles = tiles[torch.arange(n, device=x.device)[:,None], _permutations_on(x.device)[which]]
     return tiles.unflatten(1, (2,2)).permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)
 
 # %% ../../nbs/rivals/06_jigsaw.ipynb #40d2ac69
@@ -37,12 +39,11 @@ class Jigsaw(SideNet, LastFeatureMethod):
     "Solve jigsaw puzzles of 2x2 tiles with a second head (Carlucci et al., 2019; Duboudin et al., §5.1)."
     def __init__(self,
         weight:float=10., # Weight of the permutation loss: a number, or a fastai schedule
-        module:nn.Module|None=None # Layer beside which the permutation head stands; None: the model's last
+        module:nn.Module|None=None # The last layer, beside which the permutation head stands; None: the model's last
     ): super().__init__(weight, module)
 
     def make_net(self, features): return nn.Linear(features.shape[-1], len(PERMUTATIONS))
     def term(self):
-        n,order = len(PERMUTATIONS),step_generator(self)
-        which = torch.randint(n, (len(self.x),), generator=order).to(self.x.device)
+        which = draw(torch.randint, len(PERMUTATIONS), (len(self.x),), rng=step_generator(self), device=self.x.device)
         answers = self.net(self.features_of(shuffle_tiles(self.x, which)))
         return nn.functional.cross_entropy(answers.float(), which)

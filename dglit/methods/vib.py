@@ -12,7 +12,7 @@ import torch
 from fastai.callback.hook import hook_output
 from torch import Tensor, nn
 
-from ..core import DglitError
+from ..core import DglitError, draw
 from ..losses.bottleneck import gaussian_kl
 from .core import FeatureMethod, ModelMethod, last_layer, replace_module, step_generator
 
@@ -36,7 +36,7 @@ class NoisyCode(nn.Module):
 
     def forward(self, h):
         code,scale = self.gaussian(self.encoder(h))
-        if self.training: code = code + scale*torch.randn(scale.shape, generator=self.rng).to(scale)
+        if self.training: code = code + scale*draw(torch.randn, scale.shape, rng=self.rng, device=scale.device)
         return self.layer(code.to(h.dtype))
 
 # %% ../../nbs/cim/07_vib.ipynb #81269d9a

@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from ..core import DglitError, at_least_float32
+
 # %% ../../nbs/cim/04_mask_network.ipynb #0356e3e8
 class TransformationNetwork(nn.Module):
     "Images to masks: convolutions that halve, convolutions with resizes that double, a sigmoid (CIM §3.1)."
@@ -23,13 +25,19 @@ class TransformationNetwork(nn.Module):
         transposed:bool=False # Double by transposed convolutions?
     ):
         super().__init__()
+        if width < 1 or depth < 1: raise DglitError(f"width {width}, depth {depth}: needed 1 or more of both")
         widths = [c_in, *(width*2**i for i in range(depth))]
-        def double(a, b): return [nn.ConvTranspose2d(a, b, 4, 2, 1)] if transposed else [nn.Conv2d(a, b, 3, 1, 1), nn.Upsample(scale_factor=2, mode='bilinear')]
+        def double(a, b):
+            if transposed: return [nn.ConvTranspose2d(a, b, 4, 2, 1)]
+            return [nn.Conv2d(a, b, 3, 1, 1), nn.Upsample(scale_factor=2, mode='bilinear')]
         down = [[nn.Conv2d(a, b, 4, 2, 1)] for a,b in pairwise(widths)]
         up = [double(b, a) for a,b in pairwise([1, *widths[1:]])][::-1]
-        self.layers = nn.Sequential(*[o for part in (*down, *up) for o in (*part, nn.ReLU(inplace=True))][:-1])
+        layers = [o for group in (*down, *up) for o in (*group, nn.ReLU(inplace=True))]
+        self.layers = nn.Sequential(*layers[:-1])
         for m in self.modules():
-            if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)): nn.init.kaiming_normal_(m.weight, nonlinearity='relu'); nn.init.zeros_(m.bias)
+            if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.kaiming_normal_(m.weight, nonlinearity='relu')
+                nn.init.zeros_(m.bias)
         self.to(memory_format=torch.channels_last)
 
     def forward(self,
@@ -37,4 +45,4 @@ class TransformationNetwork(nn.Module):
     ) -> Tensor: # Masks [N,1,H,W] in (0,1), in float32 at least
         m = self.layers(x.contiguous(memory_format=torch.channels_last))
         if m.shape[-2:] != x.shape[-2:]: m = nn.functional.interpolate(m, x.shape[-2:], mode='bilinear')
-        return m.to(torch.promote_types(m.dtype, torch.float32)).sigmoid()
+        return at_least_float32(m).sigmoid()
