@@ -124,7 +124,7 @@ def as_one_of(value, kinds):
     "The value as the first of the kinds that it can be."
     for kind in kinds:
         try: return as_kind(value, kind)
-        except TypeError: continue
+        except (OverflowError, TypeError): continue # an integer that no float can hold
     raise TypeError(value)
 
 # %% ../../nbs/foundations/27_registry.ipynb #0d65eb76
