@@ -74,11 +74,11 @@ BY = Annotated[str, typer.Option(help='The validation domain whose accuracy at t
 FOR_ALL = Annotated[list[str],
                     typer.Option('--set', help='A setting of every row, such as digits=digits or epochs=1; '
                                             'may be repeated.')]
-RECORD = Annotated[str, typer.Argument(help='A record that `dglit train --out` wrote, its weights beside it.')]
-SEARCHED = Annotated[str, typer.Argument(help='A paper\'s search: see `dglit list`; none: what the options say.')]
+RECORD = Annotated[str, typer.Argument(help='A record of `dglit train --out`, its weights beside it.')]
+SEARCHED = Annotated[str, typer.Argument(help='Of a paper: see `dglit list`; none: what the options say.')]
 REPORTED = Annotated[str, typer.Option(help='See `dglit list`; none: every table that the records are of.')]
-LISTED = Annotated[str, typer.Argument(help='A table, whose rows are listed, or a part, whose settings; none: all.')]
-FOLDER = Annotated[str, typer.Option(help='Folder of what is written; none: nothing, for a report the records\'.')]
+LISTED = Annotated[str, typer.Argument(help='A table: its rows; a part: its settings; none: all there is.')]
+FOLDER = Annotated[str, typer.Option(help='Folder of what is written; none: none, or a report\'s records\'.')]
 OUT = Annotated[str, typer.Option(help='Folder of the records; what is there is not run again.')]
 JOBS = Annotated[int, typer.Option(help='Runs at a time.', min=1)]
 BACKEND = Annotated[str, typer.Option(help='Where the runs go: processes here, or dask.')]
@@ -189,7 +189,7 @@ def space_given(pairs, options):
                 for v in text.split('..' if '..' in text else ',')]
         if '..' in text and (len(ends) != 2 or not all(isinstance(v, (int,float)) for v in ends)
                              or not ends[0] < ends[1]):
-            raise DglitError(f"space {o!r}: needed NAME=LEAST..GREATEST or NAME=VALUE,VALUE, as in lr=1e-4..1e-2")
+            raise DglitError(f"space {o!r}: needed NAME=LEAST..GREATEST or NAME=VALUE,VALUE")
         space[name] = between(*ends) if '..' in text else ends
     return space
 
@@ -236,7 +236,8 @@ def report(
     for o in unreadable: print(shown(o))
     tables = [t for t in tables if variants(t, runs, TABLES.values())]
     if not tables:
-        raise DglitError(f"no record of {table or 'any table'} in {shown(path)}: give what `dglit reproduce` wrote")
+        raise DglitError(f"no record of {table or 'any table'} in {shown(path)}: "
+                         "give a folder that `dglit reproduce` wrote")
     folder = writable(out or (path if os.path.isdir(path) else Path(path).parent))
     for t in tables: print_report(t, runs, folder)
     for r in runs:

@@ -34,6 +34,8 @@ def checked(kind, name, settings):
     "Pairs of a part's settings, each as its annotation wants it, without those that are the default."
     options = settings_of(name, kind)
     good = {k: as_setting(name, k, v, choose(k, options, f'setting of {name}')) for k,v in settings.items()}
+    if missing := [k for k,p in options.items() if p.default is Parameter.empty and k not in good]:
+        raise DglitError(f"{name} lacks {', '.join(missing)}: needed to know what it is")
     try_out(kind, name, good)
     def default(k): return tuple(d) if isinstance(d := options[k].default, list) else d
     return tuple((k, good[k]) for k in options if k in good and good[k] != default(k))
@@ -69,7 +71,9 @@ class Part:
     ): # A dataset's loaders, a model, or a method
         "What the name stands for, with these settings."
         factory = REGISTRIES[self.kind][self.name]
-        known = {k: v for k,v in given.items() if k in signature(factory).parameters}
+        takes = signature(factory).parameters
+        every = any(p.kind == p.VAR_KEYWORD for p in takes.values())
+        known = {k: v for k,v in given.items() if every or k in takes}
         return factory(**{**dict(self.settings), **known})
 
 # %% ../../nbs/foundations/28_spec.ipynb #c49288d7

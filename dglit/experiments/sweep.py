@@ -23,7 +23,8 @@ from rich.progress import (BarColumn, MofNCompleteColumn, Progress, ProgressColu
 
 from ..core import DglitError, choose, read_text, reason, room, shown, write_whole
 from .record import Run, read_runs
-from .registry import digits_of, settings_of
+from ..data.mnist import digits_of
+from .registry import settings_of
 from .run import failed, run_or_record
 from .spec import Spec
 

@@ -47,7 +47,7 @@ class Row:
     spec: Spec # The training; or a `Search`, or what one picks, which `pick(runs)` says
     published: dict # Domain -> `Published`, the test domain last
     rule: str = 'best:valid' # Which epoch: see `select_epoch`
-    axes: dict = field(default_factory=dict) # Where it stands in a table of several axes, such as {'method': 'CIM', 'alpha': '1%'}
+    axes: dict = field(default_factory=dict) # Its place on several axes: {'method': 'CIM', 'alpha': '1%'}
 
 @dataclass(frozen=True)
 class Table:
@@ -253,7 +253,7 @@ def report(
     return s
 
 def report_name(table, **changes):
-    "A file's name, of the table's and of names and values of settings: letters and digits, nothing that leads elsewhere."
+    "A file's name, of the table's and of settings: letters and digits, nothing that leads elsewhere."
     words = [table.name, *(f'{k}={v}' for k,v in changes.items())]
     return ''.join(c if c.isalnum() or c in '-=.,_' else '_'
                    for c in '-'.join(words)).replace('..', '_')[:120]

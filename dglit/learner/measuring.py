@@ -16,7 +16,7 @@ from .tracking import answers_on, percent
 # %% ../../nbs/foundations/25_measuring.ipynb #beacd7d6
 def evaluate(
     learn:Learner # A Learner, on `DomainLoaders` or any fastai `DataLoaders`
-) -> pd.DataFrame: # `accuracy` in percent, and `n`, of 'valid', 'valid[0]', ..., 'valid[worst]', each test domain
+) -> pd.DataFrame: # `accuracy` in percent, and `n`, of 'valid', 'valid[0]', ..., 'valid[worst]', tests
     "Accuracy on the validation data and on every test domain."
     loaders = getattr(learn.dls, 'domains', dict(valid=learn.dls.valid))
     with learn.no_bar():
