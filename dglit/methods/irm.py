@@ -20,7 +20,7 @@ from .core import DomainMethod
 
 # %% ../../nbs/irm/03_methods.ipynb #2379b767
 class InvarianceMethod(DomainMethod):
-    "A `DomainMethod` whose weight steps up, with the whole loss then divided by it: the recipe of IRM's authors."
+    "A `DomainMethod` whose weight steps up, the whole loss then divided by it: the recipe of IRM's authors."
     order = 5.5 # after the methods that add a term, as it divides their sum
     def __init__(self,
         weight:float=1e4, # Weight of the penalty from `anneal_steps` on: a number, or a fastai schedule
@@ -33,10 +33,11 @@ class InvarianceMethod(DomainMethod):
 
     def after_pred(self):
         super().after_pred()
-        begun = self.epoch + self.iter > 0 or getattr(self.learn, 'side_by_side', False) # looked at once a fit
-        if begun or len(self.domain_ids) > 1: return
-        raise DglitError(f"{type(self).__name__} compares domains, and this batch of {len(self.domain)} is all "
-                         f"of domain {self.domain[0]}: mix them, as DomainLoaders.from_tensors(..., balanced=True) does")
+        if self.epoch + self.iter > 0 or getattr(self.learn, 'side_by_side', False): return # once a fit
+        if len(self.domain_ids) > 1: return
+        n,only = len(self.domain),self.domain[0]
+        raise DglitError(f"{type(self).__name__} compares domains, and this batch of {n} is all of domain "
+                         f"{only}: mix them, as DomainLoaders.from_tensors(..., balanced=True) does")
 
     def weight_now(self):
         w,step = super().weight_now(), self.epoch*self.n_iter + self.iter
@@ -102,7 +103,8 @@ class GroupDRO(DomainMethod):
 
     def term(self):
         if self.known is None: self.meet(self.domain_ids)
-        elif self.log_q is None: self.ids,self.log_q = self.known,torch.zeros_like(self.known, dtype=torch.float32)
+        elif self.log_q is None:
+            self.ids,self.log_q = self.known,torch.zeros_like(self.known, dtype=torch.float32)
         index = torch.searchsorted(self.ids, self.domain)
         risks,n = domain_means(self.losses(self.pred, self.y), index, len(self.ids))
         if not self.second_pass: self.log_q = self.log_q + self.step_size*risks.detach()

@@ -36,7 +36,8 @@ class NoisyCode(nn.Module):
 
     def forward(self, h):
         code,scale = self.gaussian(self.encoder(h))
-        if self.training: code = code + scale*draw(torch.randn, scale.shape, rng=self.rng, device=scale.device)
+        if self.training:
+            code = code + scale*draw(torch.randn, scale.shape, rng=self.rng, device=scale.device)
         return self.layer(code.to(h.dtype))
 
 # %% ../../nbs/cim/07_vib.ipynb #81269d9a
