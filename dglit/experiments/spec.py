@@ -33,6 +33,8 @@ def checked(kind, name, settings):
     "Pairs of a part's settings, each as its annotation wants it, without those that are the default."
     options = settings_of(name, kind)
     good = {k: as_setting(name, k, v, choose(k, options, f'setting of {name}')) for k,v in settings.items()}
+    if missing := [k for k,p in options.items() if p.default is Parameter.empty and k not in good]:
+        raise DglitError(f"{name} lacks {', '.join(missing)}: needed to know what it is")
     try_out(kind, REGISTRIES[kind][name], tuple(good.items()))
     def default(k): return tuple(d) if isinstance(d := options[k].default, list) else d
     return tuple((k, good[k]) for k in options if k in good and good[k] != default(k))
