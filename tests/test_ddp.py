@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dglit.core import DglitError, set_seed
 from dglit.data.loaders import DomainLoaders
-from dglit.experiments.run import METHODS
+from dglit.experiments.registry import METHODS
 from dglit.methods.core import TakeDomain
 from dglit.methods.distributed import gathered, ranks, whole_of
 
