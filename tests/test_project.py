@@ -94,6 +94,12 @@ def test_sidebar_has_every_page():
     assert (ROOT/'nbs/_quarto.yml').resolve() == (ROOT/'_quarto.yml').resolve()
 
 
+def test_pages_have_names_of_their_own():
+    "The number is no part of a page's address: 05_domains and 14_domains would be one."
+    addresses = [re.sub(r'(^|/)\d+_', r'\1', o) for o in PAGES]
+    assert sorted(set(addresses)) == sorted(addresses)
+
+
 def test_links_between_pages():
     for nb in NBS:
         for link in re.findall(r'\]\(([^)#:]+\.ipynb)', '\n'.join(source(nb, 'markdown'))): assert (nb.parent/link).exists(), f'{nb.name} links to {link}'
