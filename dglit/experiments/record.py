@@ -86,7 +86,7 @@ def is_names(o): return is_list(o) and all(map(is_text, o))
 class Fields:
     "The fields of a JSON object, each taken once."
     def __init__(self, o, whose='the record'):
-        if not isinstance(o, dict): raise DglitError(f"{whose} is {shown(repr(o)[:60])}: needed an object with fields")
+        if not is_dict(o): raise DglitError(f"{whose} is {shown(repr(o)[:60])}: needed an object with fields")
         self.left,self.whose = dict(o),whose
 
     def take(self, name, good, what):

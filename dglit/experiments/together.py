@@ -34,7 +34,8 @@ def kept_by(
     cb # A callback
 ) -> dict: # Name of the attribute -> a tensor, or a dict of tensors
     "The tensors that a callback has."
-    def holds(v): return isinstance(v, Tensor) or isinstance(v, dict) and v and all(isinstance(o, Tensor) for o in v.values())
+    def holds(v):
+        return isinstance(v, Tensor) or (isinstance(v, dict) and v and all(isinstance(o, Tensor) for o in v.values()))
     return {k: v for k,v in vars(cb).items() if holds(v)}
 
 def each_of(f, kept):

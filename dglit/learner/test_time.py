@@ -41,7 +41,8 @@ class T3A(nn.Module):
         order = self.entropy.argsort()
         label = self.labels[order]
         member = F.one_hot(label, K).float()
-        if self.keep is not None: member = member*((member.cumsum(0)*member).sum(1, keepdim=True) <= self.keep)
+        if self.keep is not None:
+            member = member*((member.cumsum(0)*member).sum(1, keepdim=True) <= self.keep)
         return F.normalize(member.T @ F.normalize(self.supports[order], dim=1), dim=1)
 
     @torch.no_grad()
