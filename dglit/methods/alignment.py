@@ -43,7 +43,7 @@ class DANN(SideNet, DomainMethod):
         weight:float=1., # Weight of the discriminator's loss: a number, or a fastai schedule
         strength:float=1., # Of the reversed gradient; 0: the discriminator only looks on
         hidden:int=256, # Width of the discriminator
-        domains:tuple[int,...]|None=None, # All training domains; None: those of the data, or of the first batch
+        domains:tuple[int,...]|None=None, # All training domains; None: of the data, or of the first batch
         module:nn.Module|None=None # Module whose input are the features [N,D]; None: the model's last layer
     ):
         super().__init__(weight, module)
