@@ -20,10 +20,8 @@ from .core import DomainMethod, LastFeatureMethod, SideNet
 class CORAL(LastFeatureMethod, DomainMethod):
     "Alike means and covariances of the last layer's inputs (Sun and Saenko, 2016; as DomainBed has it)."
     def term(self):
-        if len(self.domain_ids) < 2:
-            raise DglitError(f"CORAL compares domains, and this batch of {len(self.domain)} is all of "
-                             f"domain {self.domain[0]}: mix them, as from_tensors(..., balanced=True) does")
-        return coral_penalty(self.features, self.domain_index, len(self.domain_ids))
+        self.need_several()
+        return coral_penalty(self.features, *self.numbered())
 
 # %% ../../nbs/family/13_alignment.ipynb #50f03940
 def reverse_gradient(

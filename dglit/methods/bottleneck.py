@@ -19,6 +19,7 @@ from .irm import InvarianceMethod
 # %% ../../nbs/family/11_bottleneck_methods.ipynb #1fda3fbf
 class IBERM(LastFeatureMethod):
     "The information bottleneck: little variance of the features (Ahuja et al., 2021); with IRM beside it, IB-IRM."
+    whole = ('domain',)
     def __init__(self,
         weight:float=.1, # Weight of the variance from `anneal_steps` on: a number, or a fastai schedule
         anneal_steps:int=0, # Steps of a fit before that, with weight 0
@@ -54,5 +55,5 @@ class BIRM(InvarianceMethod):
 
     def term(self):
         rng = step_generator(self) if self.draws else None
-        return birm_penalty(self.pred, self.y, self.domain_index, len(self.domain_ids), self.sigma,
+        return birm_penalty(self.pred, self.y, *self.numbered(), self.sigma,
                             self.losses, self.nodes, self.draws, rng)

@@ -39,7 +39,7 @@ class HeadMethod(LastFeatureMethod, InvarianceMethod):
                              "give the model a linear head, or name it with module=")
 
     def head(self): # what a penalty takes
-        return self.pred, self.labels, self.features, self.domain_index, len(self.domain_ids)
+        return self.pred, self.labels, self.features, *self.numbered()
     def after_loss(self):
         if self.epoch == 0 and self.iter == 0: self.check_loss()
         super().after_loss()
