@@ -82,7 +82,7 @@ def test_two_processes_are_one(two, name):
 
 @pytest.mark.parametrize('name', OTHERS)
 def test_or_it_is_said(two, name):
-    for o in two: assert 'cannot be trained by 2 processes' in o[name]
+    for o in two: assert 'cannot be trained by 2 processes' in o[name], o[name]
 
 
 def test_gathered(two):

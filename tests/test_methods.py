@@ -530,10 +530,10 @@ def test_on_cuda(few, name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 @pytest.mark.parametrize('name', NAMES)
 def test_half_precision_on_cuda(few, name):
-    learn = learner(few, [METHODS[name](), MixedPrecision()])
-    learn.dls.to('cuda')
-    learn.model.cuda()
-    assert finite(fit(learn))
+    default_device(True)
+    try: learn = fit(learner(few, [METHODS[name](), MixedPrecision()]))
+    finally: default_device(False)
+    assert finite(learn) and next(learn.model.parameters()).is_cuda
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')

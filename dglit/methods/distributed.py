@@ -56,6 +56,7 @@ def whole_batch(
     "What the method's term sees is of all processes."
     names = whole_of(method) if ranks() > 1 else []
     homes = [(method if o == 'features' else method.learn, dict(x='xb', y='yb').get(o, o)) for o in names]
+    homes = [o for o in homes if getattr(*o, None) is not None] # batches without domains have none
     were = [getattr(*o) for o in homes]
     for o,v in zip(homes, were): setattr(*o, tuple(map(gathered, v)) if isinstance(v, tuple) else gathered(v))
     try: yield

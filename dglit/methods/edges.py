@@ -37,6 +37,7 @@ def edge_map(
 # %% ../../nbs/family/15_edges.ipynb #385103fb
 class EdgeLoss(Method):
     "The loss on edge maps, beside that on images (Efthymiadis et al., 2024)."
+    whole = None
     def __init__(self,
         weight:float=1., # Weight of the loss on edges: a number, or a fastai schedule
         sigma:float=1. # Of the smoothing before edges are drawn, in pixels

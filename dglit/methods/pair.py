@@ -13,6 +13,7 @@ from torch import nn
 
 from ..core import DglitError
 from ..losses.balance import pair_weights
+from ..losses.domains import mean_over_domains, variance_over_domains
 from ..losses.irm import irm_penalty
 from .core import DomainMethod, last_layer
 
