@@ -16,7 +16,7 @@ from ..losses.balance import pair_weights
 from ..losses.irm import irm_penalty
 from .core import DomainMethod, last_layer
 
-# %% ../../nbs/family/12_pair.ipynb #73dabc31
+# %% ../../nbs/family/12_pair.ipynb #59ece8ef
 class PAIR(DomainMethod):
     "Mean risk, IRM's and V-REx's penalty by preference, weighed anew at every step (Chen et al., 2023)."
     order,failures,alpha = 5.5,0,None
@@ -24,7 +24,7 @@ class PAIR(DomainMethod):
     def __init__(self,
         weight:float=1., # 1: PAIR's loss in place of the mean risk; 0: plain training
         preference:tuple[float,...]=(1., 1e10, 1e12), # Of the risk, IRM's penalty, V-REx's penalty
-        anneal_steps:int=150, # Steps of a fit before that, of plain training
+        anneal_steps:int=0, # Steps of a fit before that, of plain training; the authors': 150
         eps:float=.1, # Balance while the imbalance is above this, then descend
         module:nn.Module|None=None # Whose gradients are compared; None: the model's last layer
     ):
