@@ -22,9 +22,7 @@ class CORAL(LastFeatureMethod, DomainMethod):
     "Alike means and covariances of the last layer's inputs (Sun and Saenko, 2016; as DomainBed has it)."
     def after_pred(self):
         super().after_pred()
-        if self.epoch + self.iter > 0 or len(self.domain_ids) > 1: return # looked at once a fit
-        raise DglitError(f"CORAL compares domains, and this batch of {len(self.domain)} is all of "
-                         f"domain {self.domain[0]}: mix them, as from_tensors(..., balanced=True) does")
+        self.need_several()
     def term(self): return coral_penalty(self.features, *environments_of(self))
 
 # %% ../../nbs/family/13_alignment.ipynb #50f03940
