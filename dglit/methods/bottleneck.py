@@ -20,6 +20,7 @@ from .irm import InvarianceMethod
 # %% ../../nbs/family/11_bottleneck_methods.ipynb #e1767542
 class IBERM(LastFeatureMethod):
     "The information bottleneck: little variance of the features (Ahuja et al., 2021)."
+    whole = ('domain',)
     def __init__(self,
         weight:float=.1, # Weight of the variance from `anneal_steps` on: a number, or a fastai schedule
         anneal_steps:int=0, # Steps of a fit before that, with weight 0
