@@ -9,9 +9,8 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 
 from dglit.core import keep_memory
-from dglit.data.mnist import load_mnist
 from dglit.experiments.run import learner_of
-from dglit.experiments.tables import CIM_BACKGROUND_MNIST
+from dglit.papers.cim import CIM_BACKGROUND_MNIST
 
 SPEC = CIM_BACKGROUND_MNIST.row('erm-1').spec
 CONTENDERS = {'plain training': ('erm', {}), 'VIB': ('vib', {}), 'SCL, triplets from the batch': ('scl', {}), 'SCL, all three encoded': ('scl', dict(sample='train')),
@@ -37,8 +36,7 @@ class Steps(Callback):
 def main():
     precision, steps, rounds, file = (sys.argv[1:] + ['fp32', '40', '5', ''][len(sys.argv)-1:])[:4]
     keep_memory()
-    digits = load_mnist()
-    learners = {k: learner_of(replace(SPEC, method=m, settings=s, precision=precision), digits) for k, (m, s) in CONTENDERS.items()}
+    learners = {k: learner_of(replace(SPEC, methods=m, precision=precision, **s)) for k, (m, s) in CONTENDERS.items()}
     times = {k: [] for k in learners}
     for _ in range(int(rounds)):
         for k, learn in learners.items():
@@ -47,7 +45,7 @@ def main():
     plain = times['plain training']
     for k, v in times.items(): print(f'{k:30} {1000*statistics.median(v):7.1f} ms   {statistics.median(a/b for a, b in zip(v, plain)):.2f} times plain training')
     if file: pd.DataFrame([dict(method=k, round=i, ms=1000*o, ratio=o/p) for k, v in times.items() for i, (o, p) in enumerate(zip(v, plain))]).round(3).to_csv(file, index=False)
-    print(f'{precision}, batches of {SPEC.bs}, {learners["CIM"].dls.device}, {torch.get_num_threads()} threads')
+    print(f'{precision}, batches of {SPEC.recipe.bs}, {learners["CIM"].dls.device}, {torch.get_num_threads()} threads')
 
 
 if __name__ == '__main__': main()

@@ -3,23 +3,22 @@ import resource, statistics, subprocess, sys, tempfile, time
 
 PEAK = '''
 import resource
-from dglit.experiments.run import Spec, run
-r = run(Spec(method='{}', epochs=1))
+from dglit.experiments import Spec, run
+r = run(Spec(methods='{}', epochs=1))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20)
 '''
 
 
 def main():
     import torch
-    from dglit.data.mnist import load_digits
     from dglit.experiments.run import run
     from dglit.experiments.sweep import sweep
-    from dglit.experiments.tables import RCL_TABLE2, specs_of
-    specs = specs_of(RCL_TABLE2, 20, ['erm'], source='digits', epochs=3)
-    digits = load_digits()
-    run(specs[0], digits)                                   # warm up
+    from dglit.experiments.tables import specs_of
+    from dglit.papers.rcl import RCL_TABLE2
+    specs = specs_of(RCL_TABLE2, 20, ['erm'], digits='digits', epochs=3)
+    run(specs[0])                                   # warm up
     def plain(folder):
-        for s in specs: run(s, digits)
+        for s in specs: run(s)
     def engine(folder): sweep(specs, folder)
     ratios = []
     for i in range(3):

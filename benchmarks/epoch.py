@@ -8,7 +8,8 @@ from loaders import PerItem
 from torch.utils.data import DataLoader
 
 from dglit.data.mnist import Digits, load_mnist
-from dglit.experiments.run import Spec, fit, learner_of
+from dglit.experiments.run import fit, learner_of
+from dglit.experiments.spec import Spec
 from dglit.models.convnet import ConvNet
 
 BS, ROUNDS = 128, 3
@@ -37,8 +38,8 @@ def plain_epoch(digits):
 def dglit_epoch(digits):
     "Painting the digits, once for all epochs, is timed apart; evaluation on 128 digits is in."
     global painting
-    spec, start = Spec(method='rcl', epochs=1), time.perf_counter()
-    learn = learner_of(spec, digits)
+    spec, start = Spec(methods='rcl', epochs=1), time.perf_counter()
+    learn = learner_of(spec, digits=digits)
     painting = time.perf_counter() - start
     fit(learn, spec)
 

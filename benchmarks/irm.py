@@ -11,10 +11,9 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits as nll
 
 from dglit.core import set_seed
-from dglit.data.mnist import load_mnist
-from dglit.experiments.run import DATASETS, fit, learner_of
-from dglit.experiments.tables import IRM_COLORED_MNIST
+from dglit.experiments.run import fit, learner_of
 from dglit.models.mlp import MLP
+from dglit.papers.irm import IRM_COLORED_MNIST
 
 SPEC = IRM_COLORED_MNIST.row('irm').spec
 
@@ -49,17 +48,17 @@ def plain(model, envs, steps, lr, l2, weight, anneal_steps):
 
 def one(contender, seed, steps):
     "Accuracies on training and test environments at the last step, and seconds, of one restart."
-    spec, digits = replace(SPEC, epochs=steps, seed=seed), load_mnist()
+    spec = replace(SPEC, epochs=steps, seed=seed)
     if contender == 'dglit':
-        learn = learner_of(spec, digits)
+        learn = learner_of(spec, 'last')
         start = time.perf_counter()
-        last = fit(learn, spec).curve[-1]
+        last = fit(learn, spec).at('last')
         return last['train'], last['test'], time.perf_counter() - start
-    dls = DATASETS[spec.dataset](digits, bs=None, seed=seed)
+    dls = spec.data.build(bs=None, seed=seed)
     set_seed(seed)
-    model, envs = MLP(hidden=spec.net['hidden']).to(dls.device), environments(dls)
+    model, envs = MLP(hidden=spec.model['hidden']).to(dls.device), environments(dls)
     start = time.perf_counter()
-    return *plain(model, envs, steps, spec.lr, **spec.settings), time.perf_counter() - start
+    return *plain(model, envs, steps, spec.recipe.lr, **dict(spec.methods[0].settings)), time.perf_counter() - start
 
 
 def main():

@@ -92,7 +92,8 @@ def one_each(
 ) -> Tensor: # [N]
     "One value for each of `n` examples, or a `DglitError`."
     if tuple(values.shape) not in ((n,), (n,1)):
-        raise DglitError(f"{kind} of shape {tuple(values.shape)} for {n} examples: needed [{n}] or [{n},1], one for each")
+        shape = tuple(values.shape)
+        raise DglitError(f"{kind} of shape {shape} for {n} examples: needed [{n}] or [{n},1], one for each")
     return values.reshape(n)
 
 # %% ../nbs/foundations/00_core.ipynb #35e68f82
@@ -106,8 +107,8 @@ def whole_numbers(
     if v.is_floating_point():
         whole = (v == v.round()) & (v.abs() <= 2/torch.finfo(v.dtype).eps) # above that its neighbours are one
         if not whole.all():
-            raise DglitError(f"{kind}: {v[~whole][0].item()} in {v.dtype}, needed whole numbers that the type "
-                             "tells apart: give integers")
+            raise DglitError(f"{kind}: {v[~whole][0].item()} in {v.dtype}, needed whole numbers "
+                             "that the type tells apart: give integers")
     return v.long()
 
 # %% ../nbs/foundations/00_core.ipynb #20890fa0

@@ -7,8 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 GLOSSARY = ROOT/'nbs/guides/90_glossary.ipynb'
-ABBREVIATION = re.compile(r'(?<![\w/.])(?:[A-Za-z]-)?\w*[A-Z]{2}[A-Za-z]*\d?(?:-[A-Z]{2}\w*)?(?![\w/]|\.\w)')
-NAMES = {'README', 'CONTRIBUTING', 'CHANGELOG', 'NVIDIA', 'MB', 'GB', 'KB', 'OK'}  # of files, units and the like
+ABBREVIATION = re.compile(r'(?<![\w/.])(?:[A-Za-z]-)?\w*[A-Z]{2}[A-Za-z]*\d?(?:-(?:[A-Z]{2}\w*|\d))?(?![\w/]|\.\w)')
+NAMES = {'README', 'CONTRIBUTING', 'CHANGELOG', 'NVIDIA', 'UTF', 'MB', 'GB', 'KB', 'OK'}  # of files, units and the like
 VENUE = r'\b[A-Z]\w*[A-Z]+(?: Workshops)? (?:19|20)\d\d'                   # ICML 2021
 GREEK = ('alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi pi rho sigma tau phi chi psi '
          'omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell odot nabla').split()
@@ -47,7 +47,8 @@ def symbols():
     return found
 
 
-CHAPTERS = dict(rcl='RCL', rivals='its rivals', irm='IRM', cim='CIM', foundations='its table and demo')
+CHAPTERS = dict(rcl='RCL', rivals='its rivals', irm='IRM', cim='CIM', foundations='foundations',
+                family='the family of IRM', photographs='photographs')
 
 
 def prose(text):
@@ -59,7 +60,7 @@ def prose(text):
 def explained(word, text):
     "Is `word` expanded on the page, in brackets or emphasised, or part of a link?"
     w = re.escape(word)
-    return re.search(rf'\w\s\([^()]*\b{w}s?\b[^()]*\)|\*{w}\*|\[[^\]]*\b{w}\b[^\]]*\]\(', text)
+    return re.search(rf'[\w*\"”]\s\([^()]*\b{w}s?\b|\*{w}\*|\[[^\]]*\b{w}\b[^\]]*\]\(', text)
 
 
 def introduced(letter, text):
@@ -74,7 +75,7 @@ def unexplained(nb):
     "The abbreviations and Greek letters that neither the page nor the glossary explains."
     text, chapter, known, lines = markdown(nb), Path(nb).parent.name, abbreviations(), symbols()
     words = {o.removesuffix('s') for o in ABBREVIATION.findall(prose(text))} - NAMES
-    there = {'everywhere', CHAPTERS.get(chapter)} if nb != GLOSSARY else set().union(*lines.values())
+    there = {'everywhere', CHAPTERS.get(chapter)} if Path(nb).name != GLOSSARY.name else set().union(*lines.values())
     return sorted([o for o in words if o not in known and not explained(o, text)] +
                   [o for o in greek(text) if not lines.get(o, set()) & there and not introduced(o, text)])
 

@@ -1,4 +1,5 @@
 "Types, devices, transforms and properties that the notebooks of the losses leave out."
+from functools import partial
 from math import inf
 
 import pytest
@@ -6,15 +7,179 @@ import pytorch_msssim
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dglit.core import DglitError
 from dglit.losses.bottleneck import gaussian_kl
 from dglit.losses.decov import decov
-from dglit.losses.irm import SLOPES, domain_means, irm_penalty, scale_slopes
+from dglit.losses.domains import domain_index, domain_means, mean_over_domains, variance_over_domains
+from dglit.losses.irm import SLOPES, irm_penalty, scale_slopes
 from dglit.losses.ms_ssim import ms_ssim
 from dglit.losses.orthogonality import double_soft_orthogonality
 from dglit.losses.rcl import l1_distances, rescale, reverse_contrastive_loss
-from dglit.losses.triplets import draw_triplets, inner_product, sample_triplets, scl_loss, triplet_similarity
+from dglit.losses.triplets import cim_loss, draw_triplets, inner_product, sample_triplets, scl_loss, triplet_similarity
+
+# What holds for every loss: a case is a function of features [N,6], labels [N] (0 to 2) and domains [N]
+
+def each_loss(z, y): return cross_entropy(z, y.reshape(-1), reduction='none')
+def image(x): return (x[:, None, :, None]*x[:, None, None, :]).sigmoid()
+def triplets(x): return image(x), image(x.flip(1)), image(1 - x)
+WINDOW = dict(win_size=3, levels=2, floor=.01)
+
+CASES = dict(
+    rcl=lambda x, y, d: reverse_contrastive_loss(x, y, .9),
+    rcl_without_limit=lambda x, y, d: reverse_contrastive_loss(x, y),
+    decov=lambda x, y, d: decov(x),
+    orthogonality=lambda x, y, d: double_soft_orthogonality(x),
+    gaussian_kl=lambda x, y, d: gaussian_kl(x, x.exp()),
+    irm=lambda x, y, d: irm_penalty(x, y, d),
+    irm_unbiased=lambda x, y, d: irm_penalty(x, y, d, unbiased=True),
+    irm_of_a_function=lambda x, y, d: irm_penalty(x, y, d, each_loss),
+    irm_binary=lambda x, y, d: irm_penalty(x[:, 0], y > 0, d, 'binary_cross_entropy'),
+    irm_squared=lambda x, y, d: irm_penalty(x[:, :1], y, d, 'squared_error'),
+    risk=lambda x, y, d: mean_over_domains(*domain_means(each_loss(x, y), d)),
+    variance=lambda x, y, d: variance_over_domains(*domain_means(each_loss(x, y), d)),
+    ms_ssim=lambda x, y, d: ms_ssim(*triplets(x)[:2], **WINDOW).mean(),
+    cim=lambda x, y, d: cim_loss(*triplet_similarity(*triplets(x), y > 0, partial(ms_ssim, **WINDOW))),
+    cim_gram=lambda x, y, d: cim_loss(*triplet_similarity(*triplets(x), y > 0, inner_product)),
+    scl=lambda x, y, d: scl_loss(x, x.flip(1), 1 - x, y > 0))
+LABELLED = [k for k in CASES if k.startswith(('rcl', 'irm', 'cim', 'scl'))]
+OF_DOMAINS = [k for k in CASES if k.startswith(('irm', 'risk', 'variance'))]
+every_loss = pytest.mark.parametrize('name', CASES)
+
+
+def a_batch(n=12, *stack, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*stack, n, 6, generator=g, dtype=dtype), *(torch.randint(3, (*stack, n), generator=g) for _ in 'yd')
+
+
+@every_loss
+def test_many_batches_side_by_side(name):
+    f, many = CASES[name], a_batch(12, 4)
+    assert torch.allclose(torch.func.vmap(f)(*many), torch.stack([f(*o) for o in zip(*many)]))
+    slow = [torch.autograd.grad(f(x.requires_grad_(), y, d), x)[0] for x, y, d in zip(*many)]
+    assert torch.allclose(torch.func.vmap(torch.func.grad(f))(*many), torch.stack(slow))
+
+
+@every_loss
+def test_compiles_without_a_break(name):
+    f, batch = CASES[name], a_batch()
+    torch._dynamo.reset()
+    assert torch.allclose(torch.compile(f, fullgraph=True, backend='eager')(*batch), f(*batch))
+
+
+class Waits(TorchDispatchMode):
+    "Refuses what a card must wait for: a number brought to the program, a shape that the data decide."
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        name = f._schema.name.removeprefix('aten::')
+        masked = name == 'index' and any(o is not None and o.dtype == torch.bool for o in args[1])
+        assert not masked and name not in ('_local_scalar_dense', 'nonzero', 'equal', 'masked_select', '_unique2'), name
+        return f(*args, **(kwargs or {}))
+
+
+@every_loss
+def test_waits_for_nothing(name):
+    x, y, d = a_batch()
+    CASES[name](x, y, d) # constants that are made once
+    with Waits(): torch.autograd.grad(CASES[name](x.requires_grad_(), y, d), x)
+
+
+@every_loss
+def test_order_of_the_batch(name):
+    batch, p = a_batch(), torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(CASES[name](*(o[p] for o in batch)), CASES[name](*batch))
+
+
+@pytest.mark.parametrize('name', [k for k in CASES if not k.startswith('rcl')]) # whose positives are held: see its page
+def test_gradient_is_that_of_calculus(name):
+    x, y, d = a_batch()
+    assert torch.autograd.gradcheck(lambda x: CASES[name](x, y, d), x.requires_grad_())
+
+
+@every_loss
+@pytest.mark.parametrize('n', [1, 8])
+@pytest.mark.parametrize('zero', [False, True])
+def test_degenerate_batch(name, n, zero):
+    "One class, one domain; perhaps one example, perhaps no difference between them."
+    x = (a_batch(n)[0]*(0 if zero else 1)).requires_grad_()
+    value = CASES[name](x, torch.zeros(n).long(), torch.zeros(n).long())
+    gradient, = torch.autograd.grad(value, x)
+    assert value.isfinite() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize('name', {*LABELLED, *OF_DOMAINS})
+def test_labels_and_domains_in_a_column(name):
+    x, y, d = a_batch()
+    assert torch.equal(CASES[name](x, y[:, None], d[:, None]), CASES[name](x, y, d))
+
+
+@pytest.mark.parametrize('name', LABELLED)
+@pytest.mark.parametrize('wrong', [lambda y: y[:1], lambda y: y[:, None].expand(-1, 3), lambda y: torch.cat([y, y])], ids=['one', 'a table', 'twice'])
+def test_labels_that_do_not_fit(name, wrong):
+    x, y, d = a_batch()
+    if name != 'irm_of_a_function' or len(wrong(y)) != len(y): # what a function takes is its own
+        with pytest.raises(DglitError): CASES[name](x, wrong(y), d)
+
+
+@pytest.mark.parametrize('name', OF_DOMAINS)
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(-2**62, 2**62), min_size=3, max_size=3, unique=True), st.integers(0, 99))
+def test_a_domain_is_only_a_name(name, ids, seed):
+    x, y, d = a_batch(seed=seed)
+    for names in (torch.tensor(ids), torch.tensor([20230101, 20230102, 20230103]), torch.tensor([2_000_000_000_001, 0, -1])):
+        assert torch.allclose(CASES[name](x, y, names[d]), CASES[name](x, y, d), atol=1e-12)
+    assert torch.allclose(CASES[name](x, y, d.double()), CASES[name](x, y, d.byte()))
+    assert torch.allclose(CASES[name](x, y, d > 0), CASES[name](x, y, (d > 0).long()))
+    for wrong in (d[:1], d + .5, d/torch.zeros(12), torch.tensor(20230101.)*(d + 1)):
+        with pytest.raises(DglitError, match='domains'): CASES[name](x, y, wrong)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([-5, 0, 1, 7, 20230101, 20230102, 2*10**12]), min_size=1, max_size=30), st.integers(1, 3))
+def test_domain_means_are_the_loops(days, k):
+    d, v = torch.tensor(days), torch.randn(len(days), k, dtype=torch.float64)
+    means, counts = domain_means(v, d)
+    index, ids = domain_index(d[:, None])
+    assert ids.tolist() == sorted(set(days)) and torch.equal(ids[index], d) and len(counts) == len(days)
+    assert counts[:len(ids)].tolist() == [days.count(i) for i in ids.tolist()] and not counts[len(ids):].any()
+    assert torch.allclose(means[:len(ids)], torch.stack([v[d == i].mean(0) for i in ids])) and not means[len(ids):].any()
+    for a, b in zip(domain_means(v, index, len(ids)), (means, counts)): assert torch.allclose(a, b[:len(ids)])
+    assert torch.allclose(variance_over_domains(means[:, 0], counts), means[:len(ids), 0].var(unbiased=False))
+
+
+def test_domain_means_count_in_float32():
+    v = torch.ones(3000, dtype=torch.bfloat16)
+    means, counts = domain_means(v, torch.zeros(3000, dtype=torch.int32), 2)
+    assert counts.tolist() == [3000, 0] and means.tolist() == [1, 0] and means.dtype == torch.float32
+    with pytest.raises(DglitError, match='domains outside 0 to 1'): domain_means(v, torch.full((3000,), 20230101), 2)
+
+
+class Without(TorchDispatchMode):
+    "A device that lacks an operator."
+    def __init__(self, name): super().__init__(); self.name = name
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        if self.name in f._schema.name: raise NotImplementedError(self.name)
+        return f(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('m', [.9, inf])
+def test_rcl_where_pdist_is_missing(m):
+    x, y, _ = a_batch(32)
+    with Without('_pdist_forward'): lacking = reverse_contrastive_loss(x, y, m)
+    assert torch.allclose(lacking, reverse_contrastive_loss(x, y, m)) and lacking < 0
+
+
+def test_windows_made_in_evaluation_serve_in_training():
+    from dglit.losses.ms_ssim import _kept
+    _kept.cache_clear()
+    x = torch.rand(2, 1, 28, 28, requires_grad=True)
+    with torch.inference_mode(): ms_ssim(x, x)
+    ms_ssim(x, 1 - x).sum().backward()
+    assert _kept.cache_info().misses == 3 and x.grad.isfinite().all()
+
+
+# The reverse contrastive loss
 
 MARGINS = [0.2, 0.4, 0.6, 0.8, 0.9, 1., inf]
 
@@ -76,19 +241,6 @@ def test_autocast(per):
     assert conv.weight.grad.isfinite().all()
 
 
-def test_vmap_and_grad():
-    f, y = torch.randn(3, 12, 5), torch.randint(0, 3, (3, 12))
-    many = torch.func.vmap(lambda a, b: reverse_contrastive_loss(a, b, .9))(f, y)
-    assert torch.allclose(many, torch.stack([reverse_contrastive_loss(a, b, .9) for a, b in zip(f, y)]))
-    assert torch.func.vmap(torch.func.grad(reverse_contrastive_loss))(f, y).isfinite().all()
-
-
-def test_traces_without_a_break():
-    f, y = torch.randn(12, 5), torch.randint(0, 3, (12,))
-    compiled = torch.compile(reverse_contrastive_loss, fullgraph=True, backend='eager')
-    assert torch.equal(compiled(f, y, .9), reverse_contrastive_loss(f, y, .9))
-
-
 def test_distances_carry_no_gradient(): assert not l1_distances(torch.randn(4, 3, requires_grad=True)).requires_grad
 
 
@@ -140,16 +292,6 @@ def test_penalties_in_every_type(loss, dtype):
         assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and value.isfinite()
         value.backward()
         assert x.grad.dtype == dtype and x.grad.isfinite().all()
-
-
-@pytest.mark.parametrize('loss', [decov, double_soft_orthogonality])
-def test_penalties_transform(loss):
-    x = torch.randn(3, 6, 4)
-    many = torch.func.vmap(loss)(x)
-    assert torch.allclose(many, torch.stack([loss(o) for o in x]))
-    assert torch.allclose(torch.compile(loss, fullgraph=True, backend='eager')(x[0]), many[0])
-    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(loss(x[0]), loss(x[0].clone())) and loss(x[0]).dtype == torch.float32
-    assert torch.allclose(loss(x[0]), many[0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
@@ -210,24 +352,13 @@ def test_irm_types_and_degenerate_batches(dtype, loss, unbiased, d):
     assert irm_penalty(z.detach()*1e4 if dtype != torch.float16 else z.detach(), y, d.long(), loss).isfinite()
 
 
-def test_irm_under_autocast_vmap_and_grad():
+def test_irm_under_autocast():
     layer = torch.nn.Linear(4, 3)
     x, y, d = torch.randn(12, 4), torch.randint(3, (12,)), torch.arange(12) % 2
     with torch.autocast('cpu', torch.bfloat16): penalty = irm_penalty(layer(x), y, d)
     assert penalty.dtype == torch.float32
     penalty.backward()
     assert layer.weight.grad.isfinite().all()
-    z = torch.randn(5, 12, 3)
-    f = lambda z: irm_penalty(z, y, d, n_domains=2)
-    assert torch.allclose(torch.func.vmap(f)(z), torch.stack([f(o) for o in z]))
-    assert torch.func.vmap(torch.func.grad(f))(z).isfinite().all()
-
-
-def test_domain_means():
-    v, d = torch.randn(50, dtype=torch.float64), torch.randint(4, (50,))
-    means, counts = domain_means(v, d, 6)
-    assert torch.equal(counts, d.bincount(minlength=6).double()) and (means[4:] == 0).all()
-    assert torch.allclose(means[:4], torch.stack([v[d == e].mean() for e in range(4)]))
 
 
 # Images that look alike, and triplets
@@ -264,15 +395,6 @@ def test_ms_ssim_in_every_type(dtype, floor, y):
     assert v.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and v.isfinite().all()
     v.sum().backward()
     assert x.grad.dtype == dtype and x.grad.isfinite().all()
-
-
-def test_ms_ssim_under_vmap_and_autocast():
-    x, y = torch.rand(2, 5, 3, 28, 28)
-    assert torch.allclose(torch.func.vmap(ms_ssim)(x, y), ms_ssim(x, y), atol=1e-6)
-    assert torch.func.vmap(torch.func.grad(ms_ssim))(x, y).isfinite().all()
-    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(ms_ssim(x, y), ms_ssim(x, y))
-    compiled = torch.compile(ms_ssim, fullgraph=True, backend='eager')
-    assert torch.allclose(compiled(x, y), ms_ssim(x, y), atol=1e-6)
 
 
 @settings(max_examples=100, deadline=None)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..core import DglitError, generator
-from .loaders import DomainLoaders
-from .mnist import Digits
+from .loaders import DomainLoaders, check_batches
+from .mnist import Digits, digits_of
 
 # %% ../../nbs/irm/01_colored_mnist.ipynb #b59252b5
 def color_environment(
@@ -35,10 +35,19 @@ def color_environment(
     out[torch.arange(len(x)), color] = x
     return out, y.long()
 
+# %% ../../nbs/irm/01_colored_mnist.ipynb #dd213601
+def _check_environments(envs, test_env, label_noise, n, copies):
+    if not isinstance(envs, (list,tuple)) or not envs:
+        raise DglitError(f"envs {envs!r}: needed a list of probabilities, such as [0.2, 0.1]")
+    for p in (*envs, test_env, label_noise):
+        if not 0 <= p <= 1: raise DglitError(f"probability {p!r}: needed between 0 and 1")
+    if copies < 1: raise DglitError(f"copies {copies}: needed 1 or more")
+    if n is not None and n < len(envs): raise DglitError(f"n {n} training digits: needed {len(envs)} or more")
+
 # %% ../../nbs/irm/01_colored_mnist.ipynb #762c9753
 def colored_mnist(
-    digits:Digits, # From `load_mnist` or `load_digits`
-    envs=(0.2, 0.1), # p_e of each training environment
+    digits:str|Digits='mnist', # 'mnist', 'digits', or digits that are loaded
+    envs:list=(0.2, 0.1), # p_e of each training environment
     test_env:float=0.9, # p_e of the test environment
     label_noise:float=0.25, # Probability that a label is flipped
     rgb:bool=False, # Images of 28x28 with three channels, in place of 14x14 with two
@@ -49,17 +58,18 @@ def colored_mnist(
     device=None # Where the tensors live; None: fastai's default device
 ) -> DomainLoaders: # Batches (images in [0,1], labels, environments); `.tests['test']`
     "Colored MNIST (Arjovsky et al., §5.2): labels 0 and 1, environments that differ in what colour tells."
-    for p in (*envs, test_env, label_noise):
-        if not 0 <= p <= 1: raise DglitError(f"probability {p!r}: needed between 0 and 1")
-    held = len(digits.x_train)//6
-    if copies < 1: raise DglitError(f"copies {copies}: needed 1 or more")
-    if n is not None and not len(envs) <= n <= len(digits.x_train) - held:
-        raise DglitError(f"n {n} training digits: needed {len(envs)} to {len(digits.x_train) - held}")
-    order = generator(seed, 'colored_mnist')
-    def deal(x, y, envs, first=0):
-        made = [color_environment(x[i::len(envs)], y[i::len(envs)], p, label_noise, order, rgb) for i,p in enumerate(envs)]
-        return (*map(torch.cat, zip(*made)), torch.cat([torch.full((len(o[1]),), first+i) for i,o in enumerate(made)]))
-    shuffled = torch.randperm(len(digits.x_train) - held, generator=order)[:n].repeat(copies).numpy()
-    return DomainLoaders.from_tensors(deal(digits.x_train[shuffled], digits.y_train[shuffled], envs), deal(digits.x_test, digits.y_test, envs),
-        dict(test=deal(digits.x_train[-held:], digits.y_train[-held:], [test_env], len(envs))),
-        bs=bs, seed=seed, device=device, low=0., balanced=bs is not None, vocab=['5 to 9','0 to 4'])
+    _check_environments(envs, test_env, label_noise, n, copies)
+    check_batches(bs)
+    digits,order = digits_of(digits),generator(seed, 'colored_mnist')
+    x,y,held = digits.x_train, digits.y_train, len(digits.x_train)//6
+    if (n or 0) > len(x) - held: raise DglitError(f"n {n} training digits: there are {len(x) - held}")
+    def deal(x, y, envs, first=0): # the digits to the environments in turn
+        each = [(x[i::len(envs)], y[i::len(envs)], p) for i,p in enumerate(envs)]
+        made = [color_environment(*o, label_noise, order, rgb) for o in each]
+        d = [torch.full((len(labels),), first+i) for i,(_,labels) in enumerate(made)]
+        return (*map(torch.cat, zip(*made)), torch.cat(d))
+    i = torch.randperm(len(x) - held, generator=order)[:n].repeat(copies).numpy()
+    train,valid = deal(x[i], y[i], envs),deal(digits.x_test, digits.y_test, envs)
+    tests = dict(test=deal(x[-held:], y[-held:], [test_env], len(envs)))
+    return DomainLoaders.from_tensors(train, valid, tests, bs=bs, seed=seed, device=device, low=0.,
+                                      balanced=bs is not None, vocab=['5 to 9','0 to 4'])

@@ -13,73 +13,86 @@ import torch
 from torch import Tensor
 
 from ..core import DglitError, generator
-from .loaders import DomainLoaders
-from .mnist import Digits
+from .loaders import DomainLoaders, check_batches
+from .mnist import Digits, digits_of
 
 # %% ../../nbs/rcl/01_mnist_mp.ipynb #c4070d01
 MP_COLORS = torch.tensor([
-    (255,127,127), (0,127,127), (127,255,127), (127,0,127), (127,127,255), (127,127,0), # 0-5: on the axes, on a sphere about the mean
+    (255,127,127), (0,127,127), (127,255,127), (127,0,127), (127,127,255), (127,127,0), # 0-5: about the mean
     (0,255,255), (255,0,0), (255,0,255), (0,255,0)])/255 # 6-9: vertices of the cube, two antipodal pairs
 
 # %% ../../nbs/rcl/01_mnist_mp.ipynb #63aa40f9
 def paint(
     images:np.ndarray, # Grey digits uint8 [N,H,W]
-    colors:Tensor, # A colour for each, float [N,3] in [0,1]
-    size:int=32 # Side of the result, zero-padded evenly
+    ink:Tensor, # Colour of each digit, float [N,3] in [0,1], or one for all [3]
+    size:int|None=None, # Side of the result, padded evenly with black; None: as the digits
+    ground:Tensor=torch.zeros(3) # Colour behind each, or one for all
 ) -> Tensor: # uint8 [N,3,size,size]
-    "Colour times grey value, on black."
+    "Digits in ink on a ground: grey value times one colour, what is left times the other."
+    if images.dtype != np.uint8: raise DglitError(f"images {images.dtype}: needed uint8, from 0 to 255 (ink)")
     n,h,w = images.shape
-    if size < max(h,w): raise DglitError(f"size {size} is smaller than the digits' {h}x{w}: give at least {max(h,w)}")
-    top,left = (size-h)//2, (size-w)//2
-    out = torch.zeros(n, 3, size, size, dtype=torch.uint8)
-    for o,x,c in zip(out.split(256), torch.from_numpy(images).split(256), colors.split(256)): # a few at a time, to spare memory
-        o[:, :, top:top+h, left:left+w] = (x[:,None]*c[:,:,None,None]).round()
+    size = size or max(h,w)
+    if size < max(h,w): raise DglitError(f"size {size}: the digits have {h}x{w}, give at least {max(h,w)}")
+    top,left,out = (size-h)//2, (size-w)//2, torch.zeros(n, 3, size, size, dtype=torch.uint8)
+    parts = [torch.from_numpy(images), *(o.expand(n, 3)[:,:,None,None] for o in (ink, ground))]
+    for o,x,c,b in zip(out.split(256), *(p.split(256) for p in parts)): # a few at a time, to spare memory
+        x = x[:,None].float()
+        o[:, :, top:top+h, left:left+w] = (x*c + (255-x)*b).round()
     return out
 
 # %% ../../nbs/rcl/01_mnist_mp.ipynb #1189a9d2
-def _loaders(digits, train_colors, valid_colors, tests, bs, size, seed, device, low):
-    y_train,y_test = torch.from_numpy(digits.y_train), torch.from_numpy(digits.y_test)
-    return DomainLoaders.from_tensors((paint(digits.x_train, train_colors, size), y_train), (paint(digits.x_test, valid_colors, size), y_test),
-        {k: (paint(digits.x_test, colors, size), y_test) for k,colors in tests.items()},
-        bs=bs, seed=seed, device=device, low=low, vocab=range(10))
+def _start(digits, bs, size, low):
+    "Digits, of settings that can be used."
+    check_batches(bs, low)
+    if not 28 <= size <= 512: raise DglitError(f"size {size!r}: needed 28 to 512 pixels")
+    return digits_of(digits)
+
+def _loaders(digits, train, valid, tests, bs, size, seed, device, low):
+    "Loaders of digits in these colours; the test domains are the validation digits again."
+    x,x_test = digits.x_train,digits.x_test
+    y,y_test = map(torch.from_numpy, (digits.y_train, digits.y_test))
+    tests = {k: (paint(x_test, colors, size), y_test) for k,colors in tests.items()}
+    return DomainLoaders.from_tensors((paint(x, train, size), y), (paint(x_test, valid, size), y_test), tests,
+                                      bs=bs, seed=seed, device=device, low=low, vocab=range(10))
 
 # %% ../../nbs/rcl/01_mnist_mp.ipynb #0572112c
 def mnist_mp(
-    digits:Digits, # From `load_mnist` or `load_digits`
+    digits:str|Digits='mnist', # 'mnist', 'digits', or digits that are loaded
     bs:int=128, # Batch size
-    size:int=32, # Side of the images, which are zero-padded
+    size:int=32, # Side of the images, which are zero-padded: 28 to 512
     seed:int=0, # Seed of the training order
     device=None, # Where the tensors live; None: fastai's default device
     low:float=-1. # What black becomes; white becomes 1
 ) -> DomainLoaders: # Images [B,3,size,size]; `.tests['grey']`
-    "MNIST with missing patterns (§3): coloured by class in training and validation, all in the mean colour at test."
-    y_train,y_test = digits.y_train, digits.y_test
-    grey = MP_COLORS.mean(0).expand(len(y_test), -1)
-    return _loaders(digits, MP_COLORS[y_train], MP_COLORS[y_test], dict(grey=grey), bs, size, seed, device, low)
+    "MNIST with missing patterns (§3): coloured by class, all in the mean colour at test."
+    digits = _start(digits, bs, size, low)
+    train,valid = MP_COLORS[digits.y_train],MP_COLORS[digits.y_test]
+    return _loaders(digits, train, valid, dict(grey=MP_COLORS.mean(0)), bs, size, seed, device, low)
 
 # %% ../../nbs/rcl/01_mnist_mp.ipynb #1a29abde
 def mnist_up(
-    digits:Digits, # From `load_mnist` or `load_digits`
+    digits:str|Digits='mnist', # 'mnist', 'digits', or digits that are loaded
     bs:int=128, # Batch size
-    size:int=32, # Side of the images, which are zero-padded
+    size:int=32, # Side of the images, which are zero-padded: 28 to 512
     seed:int=0, # Seed of the training order
     device=None, # Where the tensors live; None: fastai's default device
     low:float=-1. # What black becomes; white becomes 1
 ) -> DomainLoaders: # Images [B,3,size,size]; `.tests['uncorrelated']`
-    "MNIST with uncorrelated patterns: coloured by class in training and validation, uniformly at random at test."
-    y_train,y_test = digits.y_train, digits.y_test
-    drawn = torch.randint(10, (len(y_test),), generator=generator(0, 'mnist_up'))     # one test set, whatever the seed
-    return _loaders(digits, MP_COLORS[y_train], MP_COLORS[y_test], dict(uncorrelated=MP_COLORS[drawn]), bs, size, seed, device, low)
+    "MNIST with uncorrelated patterns: coloured by class in training, uniformly at random at test."
+    digits = _start(digits, bs, size, low)
+    train,valid = MP_COLORS[digits.y_train],MP_COLORS[digits.y_test]
+    drawn = torch.randint(10, (len(valid),), generator=generator(0, 'mnist_up')) # the same for every seed
+    return _loaders(digits, train, valid, dict(uncorrelated=MP_COLORS[drawn]), bs, size, seed, device, low)
 
 # %% ../../nbs/rcl/01_mnist_mp.ipynb #908814f1
 def mnist_plain(
-    digits:Digits, # From `load_mnist` or `load_digits`
+    digits:str|Digits='mnist', # 'mnist', 'digits', or digits that are loaded
     bs:int=128, # Batch size
-    size:int=32, # Side of the images, which are zero-padded
+    size:int=32, # Side of the images, which are zero-padded: 28 to 512
     seed:int=0, # Seed of the training order
     device=None, # Where the tensors live; None: fastai's default device
     low:float=-1. # What black becomes; white becomes 1
 ) -> DomainLoaders: # Images [B,3,size,size]; `.tests['plain']`, the validation digits again
     "The digits as they are, on three channels: no shift, the upper bound of Table 2."
-    white = lambda y: torch.ones(len(y), 3)
-    return _loaders(digits, white(digits.y_train), white(digits.y_test), dict(plain=white(digits.y_test)), bs, size, seed, device, low)
+    digits,white = _start(digits, bs, size, low),torch.ones(3)
+    return _loaders(digits, white, white, dict(plain=white), bs, size, seed, device, low)

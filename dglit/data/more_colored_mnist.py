@@ -7,10 +7,11 @@ Docs: https://dglit.github.io/dglit/family/more_colored_mnist.html.md"""
 # %% auto #0
 __all__ = ['DIGITS', 'COLORS', 'dealt', 'held_out', 'paint_classes', 'full_colored_mnist', 'colored_mnist_three']
 
-# %% ../../nbs/family/05_more_colored_mnist.ipynb #8e136cef
+# %% ../../nbs/family/05_more_colored_mnist.ipynb #3f9a2090
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from ..core import DglitError, choose, generator
 from .colored_mnist import colored_mnist
@@ -77,20 +78,26 @@ def full_colored_mnist(
     return DomainLoaders.from_tensors(train, valid, dict(test=test), bs=bs, seed=seed, device=device, low=0.,
                                       balanced=bs is not None, vocab=[str(i) for i in range(10)])
 
-# %% ../../nbs/family/05_more_colored_mnist.ipynb #db0b76ac
+# %% ../../nbs/family/05_more_colored_mnist.ipynb #c2e39429
 def colored_mnist_three(
     digits:str|Digits='mnist', # The name of a source, 'mnist' or 'digits', or loaded digits
     inverse:bool=False, # Shape tells more than colour?
     tests:tuple[float,...]=(.9, .5, .1), # p_e of each test
+    grey:bool=False, # One test more, of grey digits?
     n:int|None=None, # Training digits; None: all
     bs:int|None=None, # Batch size; None: all training data in one batch
     seed:int=0, # Seed of the coin flips, the split and the order
     device=None # Where the tensors live; None: fastai's default device
-) -> DomainLoaders: # Batches (images in [0,1], labels, environments); `.tests` by their p_e, as '0.9'
+) -> DomainLoaders: # Batches (images in [0,1], labels, environments); `.tests` by p_e, as '0.9', and 'grey'
     "Colored MNIST with three tests of the same digits; the worst is what counts."
     o = choose(digits, DIGITS, 'digits')() if isinstance(digits, str) else digits
     world = dict(envs=(.2, .25), label_noise=.1) if inverse else {}
     made = lambda p: colored_mnist(o, test_env=p, n=n, bs=bs, seed=seed, device=device, **world)
     each = {str(p): made(p) for p in tests}
     dls = next(iter(each.values()))
-    return DomainLoaders(dls.train, dls.valid, {k: v.tests['test'] for k,v in each.items()}, dls.vocab)
+    loaders = {k: v.tests['test'] for k,v in each.items()}
+    if grey:
+        x,*rest = dls.tests['test'].dataset.tensors
+        both = x.sum(1, dtype=torch.uint8, keepdim=True).expand(-1, 2, -1, -1)
+        loaders['grey'] = dls.valid.new(TensorDataset(both, *rest))
+    return DomainLoaders(dls.train, dls.valid, loaders, dls.vocab)

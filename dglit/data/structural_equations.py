@@ -28,9 +28,10 @@ class ChainEquations:
         choose(setting, SETTINGS, 'setting')
         self.hidden,self.hetero,self.scrambled = (a == b for a,b in zip(setting, 'PES'))
         self.order,half = generator(seed, 'chain', setting), dim//2
-        random = lambda: self._normal(half, half)/dim
-        self.w_hx,self.w_hy,self.w_hz = (random(), random(), random()) if self.hidden else (torch.eye(half).double(), 0., 0.)
-        self.rotation = torch.linalg.qr(self._normal(dim, dim))[0] if self.scrambled else torch.eye(dim).double()
+        def eye(n): return torch.eye(n).double()
+        if self.hidden: self.from_hidden = [self._normal(half, half)/dim for _ in 'XYZ']
+        else: self.from_hidden = eye(half), 0*eye(half), 0*eye(half)
+        self.rotation = torch.linalg.qr(self._normal(dim, dim))[0] if self.scrambled else eye(dim)
         self.half = half
 
     def _normal(self, *shape): return torch.randn(*shape, generator=self.order, dtype=torch.float64)
@@ -45,8 +46,9 @@ class ChainEquations:
         env:float # Scale of the environment's noise
     ) -> tuple: # (what is seen [n,dim], outcome [n])
         h,e_x,e_y,e_z = (self._normal(n, self.half) for _ in range(4))
-        x = env*h @ self.w_hx + env*e_x
+        h_x,h_y,h_z = (env*h @ w for w in self.from_hidden)
         s_y,s_z = (env, 1.) if self.hetero else (1., env)
-        y = x + (env*h @ self.w_hy if self.hidden else 0.) + s_y*e_y
-        z = y + (env*h @ self.w_hz if self.hidden else 0.) + s_z*e_z
+        x = h_x + env*e_x
+        y = x + h_y + s_y*e_y
+        z = y + h_z + s_z*e_z
         return torch.cat([x, z], 1) @ self.rotation, y.sum(1)

@@ -24,7 +24,8 @@ def moments(
 ) -> tuple: # (second moments [E,d+1,d+1], means [E,d+1], sizes [E]), the outcome last
     "Second moments and means of each environment."
     both = [torch.cat([x, y[:,None]], 1) for x,y in environments]
-    return torch.stack([o.T @ o/len(o) for o in both]), torch.stack([o.mean(0) for o in both]), torch.tensor([float(len(o)) for o in both])
+    M,mean = (torch.stack(o) for o in zip(*((o.T @ o/len(o), o.mean(0)) for o in both)))
+    return M, mean, torch.tensor([float(len(o)) for o in both])
 
 # %% ../../nbs/irm/06_causal.ipynb #eccbdb8d
 def least_squares(
@@ -35,7 +36,7 @@ def least_squares(
 
 # %% ../../nbs/irm/06_causal.ipynb #da10bdf5
 def _same_distribution(mean, var, n, e):
-    "p-value that leftovers of environment e have the mean and variance of the rest's: means [S,E], variances [S,E], sizes [E]."
+    "p-value that e's leftovers have the rest's mean and variance: means [S,E], variances [S,E], sizes [E]."
     rest = [i for i in range(len(n)) if i != e]
     share = n[rest]/n[rest].sum()
     m = (mean[:,rest]*share).sum(1)
@@ -57,7 +58,7 @@ def invariant_causal_prediction(
         G = pooled[:-1,:-1]*inside[:,:,None]*inside[:,None,:] + torch.diag_embed(1-inside)
         return torch.linalg.solve(G, pooled[:-1,-1]*inside)
     subsets = torch.tensor(list(product((0.,1.), repeat=d)), dtype=M.dtype)[1:]
-    r = torch.cat([-fit(subsets), torch.ones(len(subsets), 1, dtype=M.dtype)], 1)            # leftovers are the data times r
+    r = torch.cat([-fit(subsets), torch.ones_like(subsets[:,:1])], 1) # leftovers are the data times r
     left = r @ mean.T
     var = torch.einsum('si,eij,sj->se', r, M, r) - left**2
     p = np.min([_same_distribution(left.numpy(), var.numpy(), n.numpy(), e) for e in range(len(n))], 0)*len(n)
@@ -79,9 +80,9 @@ def linear_irm(
     phi = torch.eye(d, dtype=M.dtype).repeat(len(M), len(rho), 1, 1).requires_grad_()
     opt,w = torch.optim.Adam([phi], lr), torch.ones(d, 1, dtype=M.dtype)
     for _ in range(steps):
-        v = (phi @ w)[:,:,None]                                                  # [K,rho,1,d,1]
-        slope = S @ v - c                                                        # half the risk's gradient in v [K,rho,E,d,1]
-        risk = (v*(slope - c)).sum((-1,-2))                                      # up to a constant [K,rho,E]
+        v = (phi @ w)[:,:,None]                                          # [K,rho,1,d,1]
+        slope = S @ v - c  # half the risk's gradient in v [K,rho,E,d,1]
+        risk = (v*(slope - c)).sum((-1,-2))                              # up to a constant [K,rho,E]
         penalty = (2*phi.mT[:,:,None] @ slope).pow(2).mean((-1,-2))
         loss = r*risk.sum(-1, keepdim=True) + (1-r)*penalty.sum(-1, keepdim=True)
         phi.grad, = torch.autograd.grad(loss.sum(), phi)
@@ -115,6 +116,8 @@ def causal_table(
     irm,rho = linear_irm(torch.stack([M for M,*_ in data]), **kwargs)
     lines = []
     for (s,i,m),(M,mean,sizes),w,r in zip(problems, data, irm, rho):
-        for method,v in dict(ERM=least_squares(M.mean(0)), ICP=invariant_causal_prediction(M, mean, sizes), IRM=w).items():
-            lines.append(dict(setting=s, method=method, seed=i, **causal_error(m, v), rho=r.item() if method == 'IRM' else None))
+        found = dict(ERM=least_squares(M.mean(0)), ICP=invariant_causal_prediction(M, mean, sizes), IRM=w)
+        for method,v in found.items():
+            chosen = r.item() if method == 'IRM' else None
+            lines.append(dict(setting=s, method=method, seed=i, **causal_error(m, v), rho=chosen))
     return pd.DataFrame(lines)

@@ -28,14 +28,19 @@ from .tables import plus_minus
 
 # %% ../../nbs/foundations/34_demo.ipynb #9255718d
 _short = Spec('mnist_mp', 'convnet', digits='digits', size=28, bs=16, epochs=7, precision='fp32')
-_coins = Spec('colored_mnist', 'mlp', digits='digits', copies=10, hidden=[64,64], loss='binary_cross_entropy', epochs=301, bs=None,
+_coins = Spec('colored_mnist', 'mlp', digits='digits', copies=10, hidden=[64,64], loss='binary_cross_entropy',
+              epochs=301, bs=None,
               opt='adam', lr=3e-3, wd=2e-3, precision='fp32', every=50)
-_ground = Spec('background_mnist', 'mlp', digits='digits', alpha=20., hidden=[128,64], xavier=False, epochs=10, bs=64,
+_ground = Spec('background_mnist', 'mlp', digits='digits', alpha=20., hidden=[128,64], xavier=False,
+               epochs=10, bs=64,
                opt='adam', lr=2e-3, wd=0., schedule='flat_cos', precision='fp32', every=5)
-DEMO = {'MNIST-MP, plain training': _short, 'MNIST-MP, RCL': replace(_short, methods='rcl'), 'Colored MNIST, plain training': _coins,
+DEMO = {'MNIST-MP, plain training': _short, 'MNIST-MP, RCL': replace(_short, methods='rcl'),
+        'Colored MNIST, plain training': _coins,
         'Colored MNIST, IRM': replace(_coins, methods='irm', weight=1e5, anneal_steps=100, l2=1e-3, wd=0.),
-        'Painted backgrounds, plain training': _ground, 'Painted backgrounds, CIM': replace(_ground, methods='cim', weight=.1, width=8)}
-RULES_OF = {'MNIST-MP': 'best:valid', 'Colored MNIST': 'last', 'Painted backgrounds': 'last'} # which epoch each dataset's paper takes
+        'Painted backgrounds, plain training': _ground,
+        'Painted backgrounds, CIM': replace(_ground, methods='cim', weight=.1, width=8)}
+RULES_OF = {'MNIST-MP': 'best:valid', 'Colored MNIST': 'last',
+            'Painted backgrounds': 'last'} # which epoch each dataset's paper takes
 
 def rule_of(name): return RULES_OF[name.partition(',')[0]]
 
@@ -44,7 +49,8 @@ def bars(ax, runs, domains, labels, names, rule):
     "Mean and standard deviation of the runs' accuracies in two domains."
     table = pd.DataFrame([dict(method=n, domain=l, accuracy=r.at(rule).get(d, nan))
                           for n,rs in zip(names, runs) for r in rs for d,l in zip(domains, labels)])
-    sns.barplot(table, x='method', y='accuracy', hue='domain', errorbar='sd', palette=['tab:orange','0.6'], capsize=.1, ax=ax)
+    sns.barplot(table, x='method', y='accuracy', hue='domain', errorbar='sd', palette=['tab:orange','0.6'],
+                capsize=.1, ax=ax)
     ax.set(ylim=(0,105), xlabel='', ylabel='accuracy, %')
     ax.legend(loc='lower center', bbox_to_anchor=(.5,1), ncols=2, frameon=False)
 
@@ -60,9 +66,11 @@ def draw_mnist_mp(fig, erm, rcl, nets):
     for i,(dl,label) in enumerate(((nets[0].dls.train,'training'), (nets[0].dls.tests['grey'],'test'))):
         x,y = dl.dataset.tensors[:2]
         strip(fig.add_subplot(grid[i,:]), torch.cat([x[y == c][0] for c in range(10)], 2), label)
-    bars(fig.add_subplot(grid[2:,0]), (erm,rcl), ['valid','grey'], ['coloured digits','grey digits'], ['plain','RCL'], 'best:valid')
+    bars(fig.add_subplot(grid[2:,0]), (erm,rcl), ['valid','grey'], ['coloured digits','grey digits'],
+         ['plain','RCL'], 'best:valid')
     for i,name in enumerate(('plain','RCL')):
-        plot_latent(latent_points(nets[i], 'grey'), fig.add_subplot(grid[2:,1+i]), f'features of grey digits, {name}')
+        plot_latent(latent_points(nets[i], 'grey'), fig.add_subplot(grid[2:,1+i]),
+                    f'features of grey digits, {name}')
 
 # %% ../../nbs/foundations/34_demo.ipynb #33a6bb18
 def draw_colored_mnist(fig, coins, irm, net):
@@ -71,7 +79,8 @@ def draw_colored_mnist(fig, coins, irm, net):
     for i,(dl,label) in enumerate(((net.dls.train,'training'), (net.dls.tests['test'],'test'))):
         x,y = dl.dataset.tensors[:2]
         rows = torch.cat([torch.cat([*x[y == c][:12]], 2) for c in (0,1)], 1)
-        strip(fig.add_subplot(grid[i,:2]), torch.cat([rows, torch.zeros_like(rows[:1])]), f'{label}\nlabel 0, 1')
+        strip(fig.add_subplot(grid[i,:2]), torch.cat([rows, torch.zeros_like(rows[:1])]),
+              f'{label}\nlabel 0, 1')
     ax = fig.add_subplot(grid[:,2])
     bars(ax, (coins,irm), ['valid','test'], ['as in training','test'], ['plain','IRM'], 'last')
     for y in (50, 75): ax.axhline(y, color='k', ls='--', lw=.8)
@@ -82,11 +91,13 @@ def draw_masks(fig, plain, cim, net):
     grid = fig.add_gridspec(3, 3)
     x,y = net.dls.tests['test'].dataset.tensors[:2]
     x = torch.cat([x[y == c][:6] for c in (0,1)])/255
-    with torch.no_grad(): m = net.model.front.net(x)                            # the mask network stands in front
+    with torch.no_grad():
+        m = net.model.front.net(x)                            # the mask network stands in front
     m = m/m.amax((1,2,3), keepdim=True)
     for i,(images,label) in enumerate(((x,'test'), (m.expand_as(x),'mask'), (m*x,'morphed'))):
         strip(fig.add_subplot(grid[i,:2]), torch.cat([*images], 2), label)
-    bars(fig.add_subplot(grid[:,2]), (plain,cim), ['valid','test'], ['as in training','test'], ['plain','CIM'], 'last')
+    bars(fig.add_subplot(grid[:,2]), (plain,cim), ['valid','test'], ['as in training','test'],
+         ['plain','CIM'], 'last')
 
 # %% ../../nbs/foundations/34_demo.ipynb #e9d783d4
 def demo_figure(
@@ -110,9 +121,9 @@ def demo_table(
     lines = {}
     for name,each in runs.items():
         at = pd.DataFrame([r.at(rule_of(name)) for r in each])
-        test = at.columns[-1] if len(at.columns) else 'test'                    # the test domains come last
-        lines[name] = {label: plus_minus(x.mean(), x.std()) for label,x in (('as in training', at.get('valid', pd.Series(dtype=float))),
-                                                                            ('at test', at.get(test, pd.Series(dtype=float))))}
+        if not len(at.columns): at['valid'] = nan                               # every one has diverged
+        shown = {'as in training': at.valid, 'at test': at.iloc[:,-1]}          # the test domain comes last
+        lines[name] = {label: plus_minus(x.mean(), x.std()) for label,x in shown.items()}
     return pd.DataFrame(lines).T
 
 # %% ../../nbs/foundations/34_demo.ipynb #4a876f02
@@ -121,7 +132,8 @@ def train_all(names, each, learners, advance):
     def work(learn, spec):
         torch.set_num_threads(1) # of this thread: small batches gain more from a run per core
         return fit(learn, spec, advance)
-    yield from zip(names, Parallel(cpu_count(), prefer='threads', return_as='generator')(delayed(work)(*o) for o in zip(learners, each)))
+    parallel = Parallel(cpu_count(), prefer='threads', return_as='generator')
+    yield from zip(names, parallel(delayed(work)(*o) for o in zip(learners, each)))
 
 def demo(
     folder='dglit-demo', # Where the figure and the records go
@@ -132,10 +144,12 @@ def demo(
     each = [replace(DEMO[k], seed=i % seeds) for i,k in enumerate(names)]
     learners,runs = [learner_of(o, rule_of(k)) for k,o in zip(names, each)], {k: [] for k in DEMO}
     with Progress() as bar:
-        task = bar.add_task('training', total=sum(-(-(o.recipe.epochs-1)//o.recipe.every) + 1 for o in each)) # measurements
+        task = bar.add_task('training', total=sum(-(-(o.recipe.epochs-1)//o.recipe.every) + 1
+                                                  for o in each)) # measurements
         for name,r in train_all(names, each, learners, lambda _: bar.advance(task)):
             runs[name].append(r)
-            figures = ', '.join(f'{k} {v:.1f}' for k,v in r.at(rule_of(name)).items() if '[' not in k) or r.status
+            figures = ', '.join(f'{k} {v:.1f}'
+                                for k,v in r.at(rule_of(name)).items() if '[' not in k) or r.status
             bar.console.print(f'{name}, seed {r.spec.seed}: {figures}', highlight=False)
     write_whole(folder/'demo.jsonl', ''.join(r.to_json() + '\n' for rs in runs.values() for r in rs))
     fig = demo_figure(runs, dict(zip(names, learners)))

@@ -24,7 +24,7 @@ def between(
     low:float, # The least
     high:float # The greatest
 ): # A function of a generator
-    "Draws whole numbers evenly if both are whole, else numbers evenly in their logarithm, or evenly where `low` is not above 0."
+    "Draws evenly: whole numbers if both are whole; the logarithm of numbers above 0; else numbers."
     if isinstance(low, int) and isinstance(high, int): return lambda rng: int(rng.integers(low, high + 1))
     if low > 0: return lambda rng: 10**rng.uniform(log10(low), log10(high))
     return lambda rng: rng.uniform(low, high)
@@ -39,9 +39,11 @@ def settings_tried(
     if not isinstance(space, dict): return list(space)
     drawn = [k for k,o in space.items() if callable(o)]
     if not drawn: return [dict(zip(space, o)) for o in product(*space.values())]
-    if not n or n < 1: raise DglitError(f"{', '.join(drawn)} are drawn, {n} times: needed a number of draws, 1 or more")
+    if not n or n < 1:
+        raise DglitError(f"{', '.join(drawn)} are drawn, {n} times: needed a number of draws, 1 or more")
     rng = np.random.default_rng(seed)
-    return [{k: o(rng) if callable(o) else o[rng.integers(len(o))] for k,o in space.items()} for _ in range(n)]
+    return [{k: o(rng) if callable(o) else o[rng.integers(len(o))] for k,o in space.items()}
+            for _ in range(n)]
 
 # %% ../../nbs/foundations/35_search.ipynb #595e8f22
 @dataclass(frozen=True)
@@ -57,31 +59,35 @@ class Search:
     def __post_init__(self):
         parse_rule(self.rule)
         if self.by.partition('[')[0] not in VALIDATION:
-            raise DglitError(f"search by {self.by!r}: a search looks at validation data alone, such as {' or '.join(VALIDATION)}")
+            raise DglitError(f"search by {self.by!r}: needed validation data, {' or '.join(VALIDATION)}")
 
     def specs(self, **changes) -> list:
         "The trainings that the search tries."
         return [replace(self.spec, **{**o, **changes}) for o in settings_tried(self.space, self.n, self.seed)]
 
+    def draws(self, runs, **changes) -> dict:
+        "Each training that the search tries -> its run; None if it has no record."
+        ended = {r.spec: r for r in runs if r.status != 'failed'}
+        return {s: ended.get(s) for s in self.specs(**changes)}
+
     def missing(self, runs, **changes) -> list:
-        "The trainings that have no record among `runs`."
-        ended = {r.spec for r in runs if r.status != 'failed'}
-        return [s for s in self.specs(**changes) if s not in ended]
+        return [s for s,r in self.draws(runs, **changes).items() if r is None]
 
     def table(self, runs, **changes) -> pd.DataFrame:
         "Every draw that was run: its settings and its accuracies at the rule's epoch."
-        by_spec = {r.spec: r for r in runs if r.status != 'failed'}
-        tried = settings_tried(self.space, self.n, self.seed)
-        return pd.DataFrame([dict(draw=i, **o, status=r.status, **(r.at(self.rule) if r.status == 'done' else {}))
-                             for i,(o,s) in enumerate(zip(tried, self.specs(**changes))) if (r := by_spec.get(s))])
+        found = zip(settings_tried(self.space, self.n, self.seed), self.draws(runs, **changes).values())
+        return pd.DataFrame([dict(draw=i, **o, status=r.status,
+                                  **(r.at(self.rule) if r.status == 'done' else {}))
+                             for i,(o,r) in enumerate(found) if r])
 
     def pick(self, runs, **changes) -> Spec:
         "The training that the rule picks."
-        if left := self.missing(runs, **changes):
-            raise DglitError(f"{len(left)} of the search's {len(self.specs())} trainings have no record: run them, then pick")
-        table = self.table(runs, **changes)
-        if not (table.status == 'done').any(): raise DglitError("every training of the search diverged: give it another space")
-        return self.specs(**changes)[table[self.by].idxmax()]
+        draws = self.draws(runs, **changes)
+        if left := sum(r is None for r in draws.values()):
+            raise DglitError(f"{left} of the search's {len(draws)} trainings have no record: run them first")
+        accuracy = {s: r.at(self.rule)[self.by] for s,r in draws.items() if r.status == 'done'}
+        if not accuracy: raise DglitError("every training of the search diverged: give it another space")
+        return max(accuracy, key=accuracy.get) # the first of equals
 
     def then(self, **changes): return Picked(self, changes)
 

@@ -23,7 +23,8 @@ from rich.progress import (BarColumn, MofNCompleteColumn, Progress, ProgressColu
 
 from ..core import DglitError, choose, read_text, reason, room, shown, write_whole
 from .record import Run, read_runs
-from .registry import digits_of, settings_of
+from ..data.mnist import digits_of
+from .registry import settings_of
 from .run import failed, run_or_record
 from .spec import Spec
 
@@ -31,7 +32,7 @@ from .spec import Spec
 def record_name(
     spec:Spec # A training
 ) -> str: # Name of a .json file
-    "The file name of a training's record: names and settings for people, and a digest of all that is not the default."
+    "The file name of a training's record: names and settings for people, and a digest of all settings."
     digest = hashlib.sha256(repr(spec).encode('utf-8', 'surrogatepass')).hexdigest()[:10]
     given = [f'{k}={v}' for part in (*spec.methods, spec.data) for k,v in part.settings]
     words = [spec.data.name, '+'.join(o.name for o in spec.methods) or 'erm', *given, f'seed{spec.seed}']
@@ -230,7 +231,8 @@ def _keep_all(held, folder, say, new):
     "Have each run of `held` in its file; those that cannot be stay held, said when they are new."
     for k in list(held):
         if not (why := _keep(folder/k, held[k])): del held[k]
-        elif k == new: say(f'cannot write {folder/k} ({why}): the run is in memory, and tried again; free some room')
+        elif k == new:
+            say(f'cannot write {folder/k} ({why}): the run is in memory, and tried again; free some room')
 
 def _tell_failures(runs, folder, jobs, say):
     "What failed, where to read more, and what to do."

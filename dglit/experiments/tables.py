@@ -47,7 +47,7 @@ class Row:
     spec: Spec # The training; or a `Search`, or what one picks, which `pick(runs)` says
     published: dict # Domain -> `Published`, the test domain last
     rule: str = 'best:valid' # Which epoch: see `select_epoch`
-    axes: dict = field(default_factory=dict) # Where it stands in a table of several axes, such as {'method': 'CIM', 'alpha': '1%'}
+    axes: dict = field(default_factory=dict) # Its place on several axes: {'method': 'CIM', 'alpha': '1%'}
 
 @dataclass(frozen=True)
 class Table:
@@ -92,7 +92,8 @@ def runs_of(
 ) -> list: # Runs, by seed
     "The finished runs of the row's training, one for each seed."
     if not (spec := spec_of(row, runs, **changes)): return []
-    mine = {r.spec.seed: r for r in runs if r.status == 'done' and r.spec.training == spec.training and set(row.published) <= set(r.domains)}
+    mine = {r.spec.seed: r for r in runs if r.status == 'done' and r.spec.training == spec.training
+            and set(row.published) <= set(r.domains)}
     return [mine[k] for k in sorted(mine)]
 
 # %% ../../nbs/foundations/31_tables.ipynb #4f986ca4
@@ -118,26 +119,31 @@ def summarise(
         for domain,p in row.published.items():
             x = a[domain]
             low,high = interval(x.mean(), x.std(), len(a))
-            lines.append(dict(row=row.name, label=row.label, domain='test' if domain == last else domain, n=len(a), mean=x.mean(), std=x.std(),
-                              low=low, high=high, published=p.mean, published_std=p.std, difference=x.mean()-p.mean))
+            lines.append(dict(row=row.name, label=row.label, domain='test' if domain == last else domain,
+                              n=len(a), mean=x.mean(), std=x.std(),
+                              low=low, high=high, published=p.mean, published_std=p.std,
+                              difference=x.mean()-p.mean))
     return pd.DataFrame(lines)
 
 # %% ../../nbs/foundations/31_tables.ipynb #1614ea0a
 def plus_minus(mean, std=nan) -> str:
     "A mean and a standard deviation, if there are any."
     if pd.isna(mean): return '–'
-    return f'{mean:.1f}' if pd.isna(std) else f'{mean:.1f} ± ' + (f'{std:.1f}' if std >= .05 else f'{std:.1g}')
+    return f'{mean:.1f}' if pd.isna(std) else f'{mean:.1f} ± ' + (f'{std:.1f}'
+                                                                  if std >= .05 else f'{std:.1g}')
 
 def as_cells(o, name):
     "A domain of a row, in two cells."
-    return {name: plus_minus(o['mean'], o['std']), f'published {name}': plus_minus(o.published, o.published_std)}
+    return {name: plus_minus(o['mean'], o['std']),
+            f'published {name}': plus_minus(o.published, o.published_std)}
 
 def compared(test):
     "How the test domain compares, in three cells."
     d,s = test.difference, test.published_std
     return {'test − published': '–' if pd.isna(d) else f'{d:+.1f}',
             'in published s': '–' if pd.isna(d) or not s > 0 else f'{d/s:+.1f}',
-            '95% interval of test': '–' if pd.isna(test.low) else f'{max(test.low, 0):.1f} to {min(test.high, 100):.1f}'}
+            '95% interval of test': '–'
+            if pd.isna(test.low) else f'{max(test.low, 0):.1f} to {min(test.high, 100):.1f}'}
 
 # %% ../../nbs/foundations/31_tables.ipynb #acff4761
 def as_text(
@@ -147,7 +153,8 @@ def as_text(
     lines = []
     for _,rows in summary.groupby('row', sort=False):
         test = rows.iloc[-1]
-        cells = {k: v for _,o in rows.iterrows() for k,v in as_cells(o, dict(valid='validation').get(o.domain, o.domain)).items()}
+        cells = {k: v for _,o in rows.iterrows()
+                 for k,v in as_cells(o, dict(valid='validation').get(o.domain, o.domain)).items()}
         lines.append({'': test.label, 'n': test.n, **cells, **compared(test)})
     return pd.DataFrame(lines).set_index('')
 
@@ -166,9 +173,12 @@ def plot_table(
     "Test accuracies: published mean ± standard deviation in grey, our runs' in colour."
     s = summary[summary.domain == 'test'].reset_index(drop=True)
     ax = ax or plt.subplots(figsize=(8, .42*len(s)+.8))[1]
-    ax.errorbar(s.published, s.index, xerr=s.published_std, fmt='o', color='0.55', capsize=3, label='published')
-    ax.errorbar(s['mean'], s.index+.25, xerr=s['std'].fillna(0), fmt='D', color='tab:blue', capsize=3, label='ours')
-    ax.set(yticks=s.index+.12, yticklabels=[f'{l}  (n={n})' for l,n in zip(s.label, s.n)], xlim=(0,100), xlabel='test accuracy, %')
+    ax.errorbar(s.published, s.index, xerr=s.published_std, fmt='o', color='0.55', capsize=3,
+                label='published')
+    ax.errorbar(s['mean'], s.index+.25, xerr=s['std'].fillna(0), fmt='D', color='tab:blue', capsize=3,
+                label='ours')
+    ax.set(yticks=s.index+.12, yticklabels=[f'{l}  (n={n})' for l,n in zip(s.label, s.n)], xlim=(0,100),
+           xlabel='test accuracy, %')
     ax.invert_yaxis(); ax.grid(axis='x', alpha=.3); ax.legend(loc='upper right')
     return ax
 
@@ -187,7 +197,8 @@ def crossed(
     ours,published = {},{}
     for row in table.rows:
         o,line,column = s.loc[row.name], row.axes[down], row.axes[across]
-        cell = '–' if not o.n else f"{o['mean']:.1f}" + (f" ± {o['std']:.1f}" if o.n > 1 else '') + f' ({o.n})'
+        cell = '–' if not o.n else f"{o['mean']:.1f}" + (f" ± {o['std']:.1f}"
+                                                         if o.n > 1 else '') + f' ({o.n})'
         ours.setdefault(column, {})[line] = cell
         published.setdefault(f'published, {column}', {})[line] = plus_minus(o.published, o.published_std)
     published = {k: v for k,v in published.items() if set(v.values()) != {'–'}}
@@ -202,7 +213,8 @@ def changes_between(
     if (spec.data.name, spec.model, spec.methods) != (row.data.name, row.model, row.methods): return None
     names = [k for k,_ in (*spec.data.settings, *row.data.settings)]
     data = {k: spec.data[k] for k in names if spec.data[k] != row.data[k]}
-    recipe = {k: getattr(spec.recipe, k) for k in Recipe.__dataclass_fields__ if getattr(spec.recipe, k) != getattr(row.recipe, k)}
+    recipe = {k: getattr(spec.recipe, k)
+              for k in Recipe.__dataclass_fields__ if getattr(spec.recipe, k) != getattr(row.recipe, k)}
     return {**data, **recipe}
 
 # %% ../../nbs/foundations/31_tables.ipynb #520c0b68
@@ -212,12 +224,15 @@ def variants(
     tables=() # All the tables that the runs may be of
 ) -> list: # Dicts of settings, such as {'digits': 'digits', 'epochs': 3}; the table's own, {}, first
     "The changes of a table in which runs of its rows come."
-    rows = {t.name: [s for r in t.rows if (s := spec_of(r, runs))] for t in {o.name: o for o in (*tables, table)}.values()}
+    rows = {t.name: [s for r in t.rows if (s := spec_of(r, runs))]
+            for t in {o.name: o for o in (*tables, table)}.values()}
     found = {}
     for spec in {replace(r.spec, seed=0) for r in runs}:
-        least = {k: min((c for s in specs if (c := changes_between(spec, s)) is not None), key=len, default=None) for k,specs in rows.items()}
+        least = {k: min((c for s in specs if (c := changes_between(spec, s)) is not None), key=len,
+                        default=None) for k,specs in rows.items()}
         mine = least[table.name]
-        if mine is not None and len(mine) == min(len(o) for o in least.values() if o is not None): found[repr(mine)] = mine
+        if mine is not None and len(mine) == min(len(o) for o in least.values() if o is not None):
+            found[repr(mine)] = mine
     return sorted(found.values(), key=lambda o: (len(o), repr(o)))
 
 # %% ../../nbs/foundations/31_tables.ipynb #fdc1514b
@@ -229,7 +244,8 @@ def report(
 ) -> pd.DataFrame: # From `summarise`
     "Write `<table>.md`, `.csv` and `.png`: our runs beside the published figures."
     s,name = summarise(table, runs, **changes), Path(folder)/report_name(table, **changes)
-    write_whole(f'{name}.md', f'# {table.title}\n\nAccuracy in percent; published: {table.source}.\n\n{as_markdown(s)}\n')
+    write_whole(f'{name}.md',
+                f'# {table.title}\n\nAccuracy in percent; published: {table.source}.\n\n{as_markdown(s)}\n')
     write_whole(f'{name}.csv', s.to_csv(index=False))
     png,ax = BytesIO(),plot_table(s)
     ax.figure.savefig(png, format='png', dpi=150, bbox_inches='tight'); plt.close(ax.figure)
@@ -237,6 +253,7 @@ def report(
     return s
 
 def report_name(table, **changes):
-    "A file's name, of the table's and of names and values of settings: letters and digits, nothing that leads elsewhere."
+    "A file's name, of the table's and of settings: letters and digits, nothing that leads elsewhere."
     words = [table.name, *(f'{k}={v}' for k,v in changes.items())]
-    return ''.join(c if c.isalnum() or c in '-=.,_' else '_' for c in '-'.join(words)).replace('..', '_')[:120]
+    return ''.join(c if c.isalnum() or c in '-=.,_' else '_'
+                   for c in '-'.join(words)).replace('..', '_')[:120]

@@ -16,9 +16,11 @@ from .tracking import answers_on, percent
 # %% ../../nbs/foundations/25_measuring.ipynb #beacd7d6
 def evaluate(
     learn:Learner # A Learner, on `DomainLoaders` or any fastai `DataLoaders`
-) -> pd.DataFrame: # A row for each domain: `accuracy` in percent, `n` images; for groups too, as 'valid[0]' and 'valid[worst]'
+) -> pd.DataFrame: # `accuracy` in percent, and `n`, of 'valid', 'valid[0]', ..., 'valid[worst]', tests
     "Accuracy on the validation data and on every test domain."
     loaders = getattr(learn.dls, 'domains', dict(valid=learn.dls.valid))
-    with learn.no_bar(): rows = {k: v for name,dl in loaders.items() for k,v in answers_on(learn, name, dl).items()}
-    table = pd.DataFrame({k: dict(accuracy=percent(right), n=len(right)) for k,right in rows.items()}).T.astype(dict(n=int))
+    with learn.no_bar():
+        rows = {k: v for name,dl in loaders.items() for k,v in answers_on(learn, name, dl).items()}
+    table = pd.DataFrame({k: dict(accuracy=percent(right), n=len(right))
+                          for k,right in rows.items()}).T.astype(dict(n=int))
     return table.rename_axis('domain')

@@ -50,12 +50,12 @@ def _read(folder):
     for o in (weights, described):
         if not o.is_file(): raise DglitError(f"{o} does not exist: give a folder that save_trained wrote")
     try: found = json.loads(described.read_text(encoding='utf-8'))
-    except ValueError as e: raise DglitError(f"{described} is damaged, it is not JSON: save the model again") from e
+    except ValueError as e: raise DglitError(f"{described} is damaged, no JSON: save the model again") from e
     if not isinstance(found, dict) or set(found) != {'model','classes','sha256'}:
-        raise DglitError(f"{described} does not say model, classes and sha256: save the model again with this dglit")
+        raise DglitError(f"{described} does not say model, classes and sha256: save the model again")
     data = weights.read_bytes()
     if hashlib.sha256(data).hexdigest() != found['sha256']:
-        raise DglitError(f"{weights} is damaged, or is not what {described.name} belongs to: save the model again")
+        raise DglitError(f"{weights} is damaged, or not what {described.name} describes: save it again")
     return found, data
 
 # %% ../../nbs/foundations/23_saving.ipynb #9c1855e2
@@ -67,9 +67,9 @@ def load_trained(
     found,data = _read(folder)
     for k,v in describe(learn).items():
         if found[k] != v:
-            raise DglitError(f"saved with {k} {found[k]}, this Learner has {v}: build it as the saved one was")
+            raise DglitError(f"saved with {k} {found[k]}, this Learner has {v}: build it as the first was")
     try: learn.model.load_state_dict(torch.load(BytesIO(data), map_location='cpu', weights_only=True))
     except Exception as e:
-        raise DglitError(f"the weights of {found['model']} do not fit this Learner's model: build it, with its "
-                         f"methods, as the saved one was. {e}") from e
+        raise DglitError(f"the weights of {found['model']} do not fit this Learner's model: build it, with "
+                         f"its methods, as the saved one was. {e}") from e
     return learn

@@ -22,8 +22,8 @@ def parse_rule(
     if rule == 'last': return 'last', None
     if rule.startswith('best:'):
         if (domain := rule.removeprefix('best:')).partition('[')[0] in VALIDATION: return 'best', domain
-        raise DglitError(f"rule {rule!r}: a rule looks at validation data alone. Give best:valid, best:balanced, "
-                         "or a group of them such as best:valid[worst]")
+        raise DglitError(f"rule {rule!r}: a rule looks at validation data alone. Give best:valid, "
+                         "best:balanced, or a group of them such as best:valid[worst]")
     if rule.startswith('early-stop@'):
         try: percent = float(rule.removeprefix('early-stop@'))
         except ValueError: percent = -1.
@@ -34,7 +34,7 @@ def parse_rule(
 # %% ../../nbs/foundations/20_selection.ipynb #6c358774
 def select_epoch(
     curve:list, # A dict for each epoch measured; accuracies in percent
-    rule:str='best:valid' # See `RULES`: the first of equals; early stopping: the first that reaches the percentage, else the last
+    rule:str='best:valid' # See `RULES`: the first of equals; the first to reach a percentage, else the last
 ) -> int: # The place in the curve of the selected epoch, counted from 0
     "The epoch that a rule picks from a training curve."
     kind,of = parse_rule(rule)
@@ -42,7 +42,8 @@ def select_epoch(
     if kind == 'last': return len(curve)-1
     domain = of if kind == 'best' else 'valid'
     if domain not in curve[0]:
-        raise DglitError(f"rule {rule!r}: there is no {domain!r}. The curve has {', '.join(curve[0])}; groups need batches (x, y, group)")
+        raise DglitError(f"rule {rule!r}: there is no {domain!r}. The curve has {', '.join(curve[0])}; "
+                         "groups need batches (x, y, group)")
     accuracy = [o[domain] for o in curve]
     if kind == 'best': return accuracy.index(max(accuracy))
     return next((e for e,a in enumerate(accuracy) if a >= of), len(curve)-1)

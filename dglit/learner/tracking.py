@@ -29,11 +29,11 @@ def is_right(
     "Which answers are right."
     z,y = logits.reshape(len(logits), -1) if len(logits) else logits.reshape(0, 1), targets.flatten()
     if len(y) != len(z) or len(targets) != len(y):
-        raise DglitError(f"targets of shape {tuple(targets.shape)} for outputs of shape {tuple(logits.shape)}: "
+        raise DglitError(f"targets of shape {tuple(targets.shape)} for outputs of {tuple(logits.shape)}: "
                          "accuracy needs one class for each example, [N] or [N,1]")
     if y.is_floating_point() and (y != y.round()).any():
-        raise DglitError("targets that are no whole numbers are no classes, and have no accuracy: "
-                         "to fit them, give dglit's methods to a Learner of fastai's own, with metrics of yours")
+        raise DglitError("targets that are no whole numbers are no classes, and have no accuracy: to fit "
+                         "them, give dglit's methods to a Learner of fastai's own, with its metrics")
     answers = z.argmax(1) if z.shape[1] > 1 else z[:,0] > 0
     return (answers == y) & ~z.isnan().any(1)
 
@@ -53,7 +53,8 @@ class Answers(Callback):
     def after_batch(self):
         if not self.training: self.look()
     def look(self):
-        if len(self.yb) != 1: raise DglitError(f"batches with {len(self.yb)} targets: accuracy needs one class for each example")
+        if len(self.yb) != 1:
+            raise DglitError(f"batches with {len(self.yb)} targets: accuracy needs one class an example")
         self.right.append(is_right(self.pred, *self.yb).as_subclass(Tensor))
         domain = getattr(self.learn, 'domain', None)
         if domain is not None: self.domains.append(domain.as_subclass(Tensor))
@@ -64,13 +65,14 @@ def by_group(
     right:Tensor, # Which answers are right: bool [N]
     domains:Tensor|None=None, # The domain, environment or group of each [N] or [N,1]
     names=None # Names of the domains 0, 1, ..., if they have names
-) -> dict: # Name of the loader, then, if there are two groups or more, 'name[group]' of each, and 'name[worst]' -> bool [n]
+) -> dict: # `name`; with two groups or more also 'name[group]' of each and 'name[worst]' -> bool [n]
     "The answers on a loader, those in each of its groups, and those in the worst."
     if domains is None: return {name: right}
     d = domains.flatten()
     if len(d) != len(right) or (d != d).any():
-        raise DglitError(f"domains of shape {tuple(domains.shape)}{', some of them nan,' if (d != d).any() else ''} "
-                         f"for {len(right)} examples of {name!r}: needed a number for each example")
+        which = ', some of them nan,' if (d != d).any() else ''
+        raise DglitError(f"domains of shape {tuple(domains.shape)}{which} for {len(right)} examples "
+                         f"of {name!r}: needed a number for each example")
     if len(ids := d.unique()) < 2: return {name: right}
     def named(k):
         if names is not None: return names[int(k)]
@@ -102,11 +104,12 @@ def answers_on(
     taken = [] if any(isinstance(o, TakeDomain) for o in learn.cbs) else [TakeDomain()]
     learn.get_preds(dl=dl, inner=inner, reorder=False, act=noop, cbs=[*taken, looking])
     if not looking.right: raise DglitError(f"the loader of {name!r} is empty: needed at least one example")
-    return by_group(name, torch.cat(looking.right), torch.cat(looking.domains) if looking.domains else None, group_names(learn))
+    return by_group(name, torch.cat(looking.right), torch.cat(looking.domains) if looking.domains else None,
+                    group_names(learn))
 
 # %% ../../nbs/foundations/21_tracking.ipynb #c8f71eab
 class TrackDomains(Answers):
-    "Measures every domain after each epoch (`curve`), and ends with the weights of the epoch that the rule picks."
+    "Measures every domain after each epoch (`curve`); ends with the weights of the epoch the rule picks."
     def __init__(self,
         rule:str='best:valid', # See `select_epoch`
         every:int=1 # Epochs from one measurement to the next
@@ -117,11 +120,12 @@ class TrackDomains(Answers):
         self.weights,self.begun,self.own = None,[],False
 
     def before_fit(self): # a rule that the data cannot answer fails now, too
-        kind,domain = parse_rule(self.rule)
-        if kind == 'best' and domain.partition('[')[0] not in getattr(self.dls, 'domains', ('valid',)):
-            raise DglitError(f"rule {self.rule!r}: these data have no {domain!r}; there is {', '.join(getattr(self.dls, 'domains', ('valid',)))}")
+        (kind,domain),there = parse_rule(self.rule), getattr(self.dls, 'domains', ('valid',))
+        if kind == 'best' and domain.partition('[')[0] not in there:
+            raise DglitError(f"rule {self.rule!r}: these data have no {domain!r}, but {', '.join(there)}")
 
-    def before_epoch(self): self.begun.append(None) # validate() and get_preds() call this and after_epoch too, ...
+    def before_epoch(self):
+        self.begun.append(None) # validate() and get_preds() call this and after_epoch too, ...
     def before_train(self): # ... but not this
         self.begun[-1] = self.epoch
         self.train_right = []
@@ -129,7 +133,7 @@ class TrackDomains(Answers):
 
     def due(self, epoch): return epoch is not None and (epoch % self.every == 0 or epoch == self.n_epoch-1)
 
-    def before_validate(self): # `own`: the epoch's own validation, not predictions that another callback asks for
+    def before_validate(self): # `own`: the epoch's own validation, not predictions another callback asks for
         self.own = bool(self.begun) and self.begun[-1] is not None and not hasattr(self.learn, 'gather_preds')
         if self.own and not self.due(self.begun[-1]): raise CancelValidException
         if self.own: super().before_validate()
@@ -152,7 +156,8 @@ class TrackDomains(Answers):
         losses,_ = [(k, logged.pop(k)) for k in ('train_loss','valid_loss')], logged.pop('accuracy', None)
         domains = torch.cat(self.domains) if self.domains else None
         train = dict(train=percent(torch.cat(self.train_right)))
-        valid = {k: percent(v) for k,v in by_group('valid', torch.cat(self.right), domains, group_names(self.learn)).items()}
+        valid = {k: percent(v) for k,v in by_group('valid', torch.cat(self.right), domains,
+                                                   group_names(self.learn)).items()}
         tests = {k: percent(v) for name,dl in getattr(self.dls, 'tests', {}).items()
                  for k,v in answers_on(self.learn, name, dl, inner=True).items()}
         self.domains_measured = [*train, *valid, *tests]

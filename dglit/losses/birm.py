@@ -30,7 +30,7 @@ def gaussian_scales(
     x,w = map(torch.from_numpy, np.polynomial.hermite.hermgauss(nodes))
     return 1 + 2**.5*sigma*x, w/np.pi**.5
 
-# %% ../../nbs/family/07_birm_loss.ipynb #98be40a9
+# %% ../../nbs/family/07_birm_loss.ipynb #5b4599fd
 def birm_penalty(
     logits:Tensor, # Outputs of the network [N] or [N,K], before any softmax or sigmoid
     targets:Tensor, # Classes [N] for cross-entropy; of as many numbers as the outputs for the others
@@ -48,4 +48,4 @@ def birm_penalty(
     slopes = torch.stack([scale_slopes(w*z, targets, loss)/w for w in scales])               # [M,N]
     A = averages(domains, n_domains, z)
     with torch.autocast(z.device.type, enabled=False): means = A @ slopes.T                  # [E,M]
-    return (means.square() @ weights).sum()/(A > 0).any(1).sum()
+    return (means.square()*weights).sum()/(A > 0).any(1).sum()

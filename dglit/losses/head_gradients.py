@@ -18,40 +18,42 @@ from torch.nn import functional as F
 
 from ..core import at_least_float32, choose, one_each
 
-# %% ../../nbs/family/02_head_gradients.ipynb #461e9d91
+# %% ../../nbs/family/02_head_gradients.ipynb #f731762a
 def averages(
     domains:Tensor, # Index of each example's environment, int64 [N] or [N,1]
     n_domains:int, # Indices are below this
     like:Tensor # Type and device of the result
 ) -> Tensor: # [E,N]; a row of zeros for an environment without examples
     "The matrix that averages over environments."
-    member = (one_each(domains, len(domains), 'domains') == torch.arange(n_domains, device=domains.device)[:,None]).to(like)
+    d = one_each(domains, len(domains), 'domains')
+    member = (d == torch.arange(n_domains, device=d.device)[:,None]).to(like)
     return member/member.sum(1, keepdim=True).clamp(min=1)
 
-# %% ../../nbs/family/02_head_gradients.ipynb #88d123e0
+# %% ../../nbs/family/02_head_gradients.ipynb #48d4a0ac
 class HeadBatch(NamedTuple):
     "What a linear last layer under cross-entropy makes of a batch."
     p: Tensor # Probabilities [N,K]; of the second class alone [N,1] if there is one logit
     r: Tensor # Probabilities minus targets, the gradient in the logits [N,K]
-    f: Tensor # Input of the layer and a one [N,D+1]
+    f: Tensor # Input of the layer, and a one for its bias [N,D+1]
     A: Tensor # Averages over environments [E,N]
     @property
     def there(self): return self.A.sum(1) > 0
 
-# %% ../../nbs/family/02_head_gradients.ipynb #39fe4606
+# %% ../../nbs/family/02_head_gradients.ipynb #796fa4b0
 def head_batch(
     logits:Tensor, # Outputs of the layer [N,K], or [N] or [N,1] for two classes
     targets:Tensor, # Classes [N] or [N,1]
     features:Tensor, # Inputs of the layer [N,D]
     domains:Tensor, # Index of each one's environment, int64 [N] or [N,1]
-    n_domains:int # Indices are below this
+    n_domains:int, # Indices are below this
+    bias:bool=True # Has the layer a bias?
 ) -> HeadBatch: # In float32, or float64 for float64 features
     "Probabilities, residuals, features and averages."
     z,f = (at_least_float32(o).reshape(len(o), -1) for o in (logits, features))
     y = one_each(targets, len(z))
     if z.shape[1] == 1: p,y = z.sigmoid(),y[:,None].to(z)
     else: p,y = z.softmax(1),F.one_hot(y.long(), z.shape[1]).to(z)
-    return HeadBatch(p, p - y, F.pad(f, (0, 1), value=1.), averages(domains, n_domains, f))
+    return HeadBatch(p, p - y, F.pad(f, (0, 1), value=1.) if bias else f, averages(domains, n_domains, f))
 
 # %% ../../nbs/family/02_head_gradients.ipynb #b1814dd7
 def outer_means(
@@ -89,17 +91,18 @@ def spread(
     with torch.autocast(v.device.type, enabled=False): c = w @ v if center is None else center.flatten()
     return (w*(v - c).square().sum(1)).sum()
 
-# %% ../../nbs/family/02_head_gradients.ipynb #c62579a6
+# %% ../../nbs/family/02_head_gradients.ipynb #ec2f6694
 def fishr_penalty(
     logits:Tensor, # Outputs of the last layer [N,K], or [N] or [N,1] for two classes
     targets:Tensor, # Classes [N] or [N,1]
     features:Tensor, # Inputs of the last layer [N,D]
     domains:Tensor, # Index of each one's environment, int64 [N]
     n_domains:int, # Indices are below this
-    centered:bool=True # See `gradient_variances`
+    centered:bool=True, # See `gradient_variances`
+    bias:bool=True # Has the layer a bias?
 ) -> Tensor: # A scalar
     "Fishr: how far the environments' gradient variances lie apart (Rame et al., §3)."
-    h = head_batch(logits, targets, features, domains, n_domains)
+    h = head_batch(logits, targets, features, domains, n_domains, bias)
     return spread(gradient_variances(h, centered), h.there)
 
 # %% ../../nbs/family/02_head_gradients.ipynb #05ac5b81
@@ -147,7 +150,7 @@ def _diagonal(h, g, probes, rng):
     return probed_diagonal(h, own), _mean_of_those(probed_diagonal(h, shared.expand(-1, E, -1, -1)), h.there)
 CURVATURES = dict(product=_product, diagonal=_diagonal)
 
-# %% ../../nbs/family/02_head_gradients.ipynb #6bb072df
+# %% ../../nbs/family/02_head_gradients.ipynb #31fb899b
 def hessian_penalty(
     logits:Tensor, # Outputs of the last layer [N,K], or [N] or [N,1] for two classes
     targets:Tensor, # Classes [N] or [N,1]
@@ -158,22 +161,24 @@ def hessian_penalty(
     alpha:float=1., # Weight of the curvature
     beta:float=1., # Weight of the gradient
     probes:int|None=None, # Estimate the diagonal from so many; None: exact
-    rng:torch.Generator|None=None # Of the probes, on the CPU
+    rng:torch.Generator|None=None, # Of the probes, on the CPU
+    bias:bool=True # Has the layer a bias?
 ) -> Tensor: # A scalar
     "Hessian alignment: how far the environments' gradients and curvatures lie apart (Hemati et al., 2023)."
-    h = head_batch(logits, targets, features, domains, n_domains)
+    h = head_batch(logits, targets, features, domains, n_domains, bias)
     g = head_gradients(h)
     a,center = choose(curvature, CURVATURES, 'curvature')(h, g, probes, rng)
     return alpha*spread(a, h.there, center) + beta*spread(g, h.there)
 
-# %% ../../nbs/family/02_head_gradients.ipynb #9b39aa54
+# %% ../../nbs/family/02_head_gradients.ipynb #8f39a435
 def iga_penalty(
     logits:Tensor, # Outputs of the last layer [N,K], or [N] or [N,1] for two classes
     targets:Tensor, # Classes [N] or [N,1]
     features:Tensor, # Inputs of the last layer [N,D]
     domains:Tensor, # Index of each one's environment, int64 [N]
-    n_domains:int # Indices are below this
+    n_domains:int, # Indices are below this
+    bias:bool=True # Has the layer a bias?
 ) -> Tensor: # A scalar
     "IGA on the head: how far the environments' gradients lie apart (Koyama and Yamaguchi, 2020)."
-    h = head_batch(logits, targets, features, domains, n_domains)
+    h = head_batch(logits, targets, features, domains, n_domains, bias)
     return spread(head_gradients(h), h.there)

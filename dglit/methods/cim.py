@@ -28,7 +28,8 @@ def labels_of(
     "The labels of all of a loader's data, without opening an image."
     if hasattr(dl.dataset, 'tensors'): return dl.dataset.tensors[1].flatten()
     if hasattr(dl.dataset, 'tls'): return torch.tensor([int(o) for o in dl.dataset.tls[1]])
-    raise DglitError(f"a dataset of type {type(dl.dataset).__name__} does not show its labels: use sample='batch'")
+    kind = type(dl.dataset).__name__
+    raise DglitError(f"a dataset of type {kind} does not show its labels: use sample='batch'")
 
 # %% ../../nbs/cim/05_cim.ipynb #5cd26194
 def images_of(
@@ -72,13 +73,13 @@ class Mask(nn.Module):
 CIM_VARIANTS = ('pixel','gram','feature')
 
 class CIM(ModelMethod, FeatureMethod):
-    "Contrastive input morphing (Taghanaki et al., Eq. 8 to 10): a learned mask on the input, at inference too."
-    logs,pool = ('plus','minus'),None
+    "Contrastive input morphing (Taghanaki et al., Eq. 8 to 10): a learned mask on the input."
+    logs,pool,whole = ('plus','minus'),None,None
     def __init__(self,
         weight:float=1., # lambda of Eq. 9: a number, or a fastai schedule; 0: the mask alone
         variant:str='pixel', # 'pixel' (Eq. 8), 'gram' (Eq. 10) or 'feature' (CIM_f)
         terms:str='both', # 'both', or 'positive' or 'negative' alone (Table 5)
-        sign:int=1, # 1: Eq. 8 as printed, less like the positive; -1: more like it, as the text above Eq. 8 says
+        sign:int=1, # 1: Eq. 8 as printed, less like the positive; -1: more like it, as its text says
         sample:str='batch', # Where positives and negatives come from: 'batch' or 'train', all training data
         win_size:int=5, # MS-SSIM: side of the window in pixels
         levels:int=3, # MS-SSIM: number of scales
@@ -91,12 +92,14 @@ class CIM(ModelMethod, FeatureMethod):
         choose(variant, CIM_VARIANTS, 'variant'); choose(terms, CIM_TERMS, 'terms')
         choose(sample, TRIPLET_SOURCES, 'sample')
         if sign not in (1,-1): raise DglitError(f"sign {sign!r}: needed 1 (Eq. 8 as printed) or -1")
-        if min(width, depth) < 1: raise DglitError(f"width {width}, depth {depth}: a mask network needs at least 1 of each")
-        store_attr('variant,terms,sign,sample,win_size,levels,width,depth,transposed,net')
+        if min(width, depth) < 1:
+            raise DglitError(f"width {width}, depth {depth}: a mask network needs at least 1 of each")
+        store_attr('variant,terms,sign,sample,win_size,levels,width,depth,transposed')
+        self.given = self.net = net
 
     def extend_model(self, x):
-        net = self.net or TransformationNetwork(x.shape[1], self.width, self.depth, self.transposed)
-        self.learn.model = Front(Mask(net), self.model)
+        self.net = self.given or TransformationNetwork(x.shape[1], self.width, self.depth, self.transposed)
+        self.learn.model = Front(Mask(self.net), self.model)
         return self.model.front
 
     def make_hook(self): return hook_output(self.added, detach=False) # the batch as it is masked

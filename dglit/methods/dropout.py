@@ -30,7 +30,7 @@ def drop_channels(
 class ChannelDropout(FeatureEdit):
     "Dropout of whole channels, at a rate drawn from U(0,1) at each iteration (Duboudin et al., §5.1)."
     def __init__(self,
-        rate:float|None=None, # Share of channels to drop, in [0, 1); None: drawn from U(0,1) at each iteration
+        rate:float|None=None, # Share of channels to drop, in [0, 1); None: from U(0,1) at each iteration
         rescale:bool=True, # Divide what is left by one minus the rate
         module:nn.Module|None=None # Module whose output are the features; None: the model's body
     ):

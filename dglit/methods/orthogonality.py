@@ -18,7 +18,7 @@ class DoubleSoftOrthogonality(Method):
     "Keeps the filters of a layer apart (Bansal et al., 2018; Duboudin et al., §4.2)."
     def __init__(self,
         weight:float=1., # Weight of the penalty: a number, or a fastai schedule
-        module:nn.Module|None=None # Layer with a `weight`; None: the last convolutional or linear layer of the body
+        module:nn.Module|None=None # Layer with a `weight`; None: the body's last with filters
     ):
         super().__init__(weight)
         self.module = module

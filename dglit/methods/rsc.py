@@ -56,7 +56,7 @@ def true_class(
 class RSC(FeatureEdit):
     "Mutes the features that speak loudest for the true class (Huang et al., 2020; Duboudin et al., §5.1)."
     def __init__(self,
-        rate:float|None=None, # Share of features to mute, in [0, 1); None: drawn from U(0,1) at each iteration
+        rate:float|None=None, # Share of features to mute, in [0, 1); None: from U(0,1) at each iteration
         share:float=1., # Share of images that are muted, in (0, 1]: those whose true class loses most by it
         module:nn.Module|None=None, # Module whose output are the features; None: the model's body
         head:nn.Module|None=None # Module that makes logits of them; None: the model's head
@@ -65,7 +65,7 @@ class RSC(FeatureEdit):
         if rate is not None and not 0 <= rate < 1:
             raise DglitError(f"rate {rate!r} is not in [0, 1): it is the share of the features that is muted")
         if not 0 < share <= 1:
-            raise DglitError(f"share {share!r} is not in (0, 1]: it is the share of the images that are muted")
+            raise DglitError(f"share {share!r} is not in (0, 1]: it is the share of images that are muted")
         self.rate,self.share,self.head = rate,share,head
 
     def logits(self, features):

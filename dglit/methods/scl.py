@@ -22,7 +22,7 @@ class SCL(LastFeatureMethod):
     def __init__(self,
         weight:float=1., # Weight of the contrastive loss: a number, or a fastai schedule
         sample:str='batch', # Where positives and negatives come from: 'batch' or 'train', all training data
-        module:nn.Module|None=None # Module whose input are the features [N,D]; None: the model's last linear layer
+        module:nn.Module|None=None # Layer whose input are the features [N,D]; None: the model's last
     ):
         super().__init__(weight, module)
         self.sample = choose(sample, TRIPLET_SOURCES, 'sample')

@@ -15,20 +15,22 @@ from ..core import DglitError
 
 # %% ../../nbs/foundations/03_convnet.ipynb #7adbf71b
 class ConvNet(nn.Module):
-    "Conv 5x5 to 64 channels, conv 5x5 to 128 channels (`body`); linear 1024, 1024, `c_out` (`head`). RCL §5.1."
+    "Conv 5x5 to 64 channels, to 128 channels (`body`); linear 1024, 1024, `c_out` (`head`). RCL §5.1."
     def __init__(self,
         c_in:int=3, # Channels of the input
         c_out:int=10, # Number of classes
         size:int=32 # Side of the input in pixels, at least 16
     ):
         super().__init__()
-        if size < 16: raise DglitError(f"size {size} leaves nothing after two convolutions and two poolings: give at least 16")
+        if size < 16: raise DglitError(f"size {size}: two convolutions leave nothing of it, give at least 16")
         side = ((size-4)//2 - 4)//2
         self.body = nn.Sequential(
             nn.Conv2d(c_in, 64, 5), nn.MaxPool2d(2), nn.ReLU(),
             nn.Conv2d(64, 128, 5), nn.MaxPool2d(2), nn.ReLU())
         self.head = nn.Sequential(nn.Flatten(),
-            nn.Linear(128*side*side, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, c_out))
+            nn.Linear(128*side*side, 1024), nn.ReLU(),
+            nn.Linear(1024, 1024), nn.ReLU(),
+            nn.Linear(1024, c_out))
         self.to(memory_format=torch.channels_last)
 
     def forward(self,

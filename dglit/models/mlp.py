@@ -12,6 +12,8 @@ from itertools import pairwise
 
 from torch import nn
 
+from ..core import DglitError
+
 # %% ../../nbs/foundations/04_mlp.ipynb #83da69ff
 class SumChannels(nn.Module):
     "The sum over the channels."
@@ -26,11 +28,14 @@ class MLP(nn.Module):
         size:int=14, # Side of the input in pixels
         hidden:list=(256, 256), # Width of each hidden layer
         grey:bool=False, # See the sum of the channels alone?
-        xavier:bool=True # Initial weights of Glorot and Bengio and zero biases, as IRM's authors have them? False: PyTorch's, which are smaller
+        xavier:bool=True # Glorot and Bengio's initial weights, zero biases (IRM)? False: PyTorch's, smaller
     ):
         super().__init__()
+        if not isinstance(hidden, (list,tuple)) or not all(isinstance(o, int) and o > 0 for o in hidden):
+            raise DglitError(f"hidden {hidden!r}: needed a list of widths above 0, such as [256, 256]")
         widths = [(1 if grey else c_in)*size*size, *hidden]
-        self.body = nn.Sequential(SumChannels() if grey else nn.Identity(), nn.Flatten(), *[m for a,b in pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU(inplace=True))])
+        layers = [m for a,b in pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU(inplace=True))]
+        self.body = nn.Sequential(SumChannels() if grey else nn.Identity(), nn.Flatten(), *layers)
         self.head = nn.Linear(widths[-1], c_out)
         for m in self.modules():
             if xavier and isinstance(m, nn.Linear): nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)

@@ -20,18 +20,22 @@ from ..experiments.tables import Published, Row, Table
 def cim_spec(methods='erm', **settings):
     "A training of Taghanaki et al. on painted backgrounds: their MLP; the rest is ours."
     recipe = dict(epochs=8, bs=128, opt='adam', lr=1e-3, wd=0., schedule='flat_cos')
-    return Spec('background_mnist', 'mlp', methods, **{**recipe, 'hidden': [1024,512,256], 'xavier': False, 'alpha': 1., **settings})
+    return Spec('background_mnist', 'mlp', methods,
+                **{**recipe, 'hidden': [1024,512,256], 'xavier': False, 'alpha': 1., **settings})
 
 def ground_row(name, label, spec, test=nan, axes=None):
     "A row on painted backgrounds, after the last epoch."
     return Row(name, label, spec, dict(balanced=Published(), test=Published(test)), 'last', axes or {})
 
 # %% ../../nbs/cim/10_rows.ipynb #a9c5958a
-def by_balanced(methods, space, **settings): return Search(cim_spec(methods, **settings), space, rule='last', by='balanced')
+def by_balanced(methods, space, **settings):
+    return Search(cim_spec(methods, **settings), space, rule='last', by='balanced')
 
-SIGNS = [*(dict(weight=w) for w in (.001,.01,.1,1.,10.)), *(dict(weight=w, sign=-1) for w in (.001,.01,.1,1.))]
+SIGNS = [*(dict(weight=w) for w in (.001,.01,.1,1.,10.)),
+         *(dict(weight=w, sign=-1) for w in (.001,.01,.1,1.))]
 WEIGHTS = dict(weight=[.001,.01,.1,1.])
-SEARCHES = {'vib': by_balanced('vib', dict(beta=[1e-5,1e-4,1e-3,1e-2,1e-1])), 'scl': by_balanced('scl', dict(weight=[.01,.1,1.,10.])),
+SEARCHES = {'vib': by_balanced('vib', dict(beta=[1e-5,1e-4,1e-3,1e-2,1e-1])),
+            'scl': by_balanced('scl', dict(weight=[.01,.1,1.,10.])),
             'cim': by_balanced('cim', SIGNS), 'gram': by_balanced('cim', WEIGHTS, variant='gram'),
             'feature': by_balanced('cim', WEIGHTS, variant='feature'),
             'both': by_balanced('cim+vib', dict(beta=[1e-5,1e-4,1e-3,1e-2]), weight=.01)}
@@ -46,21 +50,26 @@ def searched(name, prefix, label):
 def cim_rows():
     "The search of CIM, its two signs apart."
     rows = searched('cim', 'cim-{}', 'CIM, λ = {}')
-    return [*rows[:5], *(replace(r, name=r.name.replace('cim-', 'cim-intended-'), label=r.label.replace(', ', ', intended sign, ')) for r in rows[5:])]
+    return [*rows[:5], *(replace(r, name=r.name.replace('cim-', 'cim-intended-'),
+                                 label=r.label.replace(', ', ', intended sign, ')) for r in rows[5:])]
 
-def varied(name, label, **settings): return ground_row(f'cim-{name}', f'CIM, {label}', cim_spec('cim', **{'weight': .01, **settings}))
+def varied(name, label, **settings):
+    return ground_row(f'cim-{name}', f'CIM, {label}', cim_spec('cim', **{'weight': .01, **settings}))
 
 # %% ../../nbs/cim/10_rows.ipynb #2b09c18a
 LR = (3e-4,1e-3,3e-3)
 CIM_SEARCH = Table('cim-search', 'What CIM depends on, at α = 1', 'nowhere', (
     *(ground_row(f'erm-lr-{lr:g}', f'Plain training, learning rate {lr:g}', cim_spec(lr=lr)) for lr in LR),
-    ground_row('erm-long', 'Plain training, 20 epochs', cim_spec(epochs=20)), # about the time of 8 of CIM, in float32
-    *(ground_row(f'mask-lr-{lr:g}', f'Mask only, learning rate {lr:g}', cim_spec('cim', weight=0., lr=lr)) for lr in LR),
+    ground_row('erm-long', 'Plain training, 20 epochs', cim_spec(epochs=20)),
+    # about the time of 8 of CIM, in float32
+    *(ground_row(f'mask-lr-{lr:g}', f'Mask only, learning rate {lr:g}', cim_spec('cim', weight=0., lr=lr))
+      for lr in LR),
     *cim_rows(),
     *(varied(f'lr-{lr:g}', f'learning rate {lr:g}', lr=lr) for lr in LR[::2]),
     *searched('vib', 'vib-{}', 'VIB, β = {}'),
     *searched('scl', 'scl-{}', 'SCL, weight {}'),
-    varied('window-3x3', 'window 3, 3 levels', win_size=3), varied('window-11x1', 'window 11, 1 level', win_size=11, levels=1),
+    varied('window-3x3', 'window 3, 3 levels', win_size=3),
+    varied('window-11x1', 'window 11, 1 level', win_size=11, levels=1),
     *(varied(o, f'{o} alone', terms=o) for o in ('positive','negative')),
     varied('train', 'triplets from all training data', sample='train'),
     varied('net-16x3', 'a deeper mask network', depth=3),
@@ -69,20 +78,24 @@ CIM_SEARCH = Table('cim-search', 'What CIM depends on, at α = 1', 'nowhere', (
     *searched('gram', 'gram-{}', 'CIM_g, λ = {}'),
     *searched('feature', 'feature-{}', 'CIM_f, λ = {}'),
     *searched('both', 'cim-vib-{}', 'CIM + VIB, λ = 0.01, β = {}'),
-    ground_row('cim-1-vib-0.0001', 'CIM + VIB, λ = 1, β = 0.0001', cim_spec('cim+vib', weight=1., beta=1e-4))))
+    ground_row('cim-1-vib-0.0001', 'CIM + VIB, λ = 1, β = 0.0001',
+               cim_spec('cim+vib', weight=1., beta=1e-4))))
 
 # %% ../../nbs/cim/10_rows.ipynb #ccfe03c5
-CIM_METHODS = dict(erm='Plain training', vib='VIB', scl='SCL', mask='Mask only (λ = 0)', cim='CIM', gram='CIM_g', feature='CIM_f', both='CIM + VIB')
+CIM_METHODS = dict(erm='Plain training', vib='VIB', scl='SCL', mask='Mask only (λ = 0)', cim='CIM',
+                   gram='CIM_g', feature='CIM_f', both='CIM + VIB')
 TABLE4 = dict(erm=54.87, vib=56.82, cim=65.27, both=65.83) # for one α, our guess is 1
 
 def at_alpha(key, alpha):
     "A row of the table."
     fixed = dict(erm=cim_spec(alpha=alpha), mask=cim_spec('cim', weight=0., alpha=alpha))
     spec = fixed[key] if key in fixed else SEARCHES[key].then(alpha=alpha)
-    return ground_row(f'{key}-{alpha:g}', f'α = {alpha:g}: {CIM_METHODS[key]}', spec, TABLE4.get(key, nan) if alpha == 1 else nan,
+    return ground_row(f'{key}-{alpha:g}', f'α = {alpha:g}: {CIM_METHODS[key]}', spec,
+                      TABLE4.get(key, nan) if alpha == 1 else nan,
                       dict(method=CIM_METHODS[key], alpha=f'α = {alpha:g}%'))
 
-CIM_BACKGROUND_MNIST = Table('cim-background-mnist', 'CIM on painted backgrounds', 'Taghanaki et al., Table 4',
+CIM_BACKGROUND_MNIST = Table('cim-background-mnist', 'CIM on painted backgrounds',
+                             'Taghanaki et al., Table 4',
                              tuple(at_alpha(k, alpha) for alpha in (.5, 1., 2.) for k in CIM_METHODS))
 
 # %% ../../nbs/cim/10_rows.ipynb #a5194446

@@ -18,23 +18,27 @@ from ..experiments.tables import Published, Row, Table
 
 # %% ../../nbs/irm/09_rows.ipynb #88ccc4f5
 def irm_spec(method, hidden, lr, l2, **settings):
-    "A training of Arjovsky et al.: all data in one batch, Adam; plain training has the l2 term as weight decay."
+    "A training of Arjovsky et al.: one batch, Adam; plain training has the l2 term as weight decay."
     l2 = dict(l2=l2, wd=0.) if method in ('irm','vrex') else dict(wd=2*l2)
     recipe = dict(epochs=501, bs=None, opt='adam', every=10, loss='binary_cross_entropy')
-    return Spec('colored_mnist', 'mlp', method, **{**recipe, **l2, 'hidden': [hidden]*2, 'lr': lr, **settings})
+    return Spec('colored_mnist', 'mlp', method,
+                **{**recipe, **l2, 'hidden': [hidden]*2, 'lr': lr, **settings})
 
 def colored_row(name, label, spec, train=nan, train_std=nan, test=nan, test_std=nan, rule='last', n=None):
     "A row on Colored MNIST."
-    return Row(name, label, spec, dict(train=Published(train, train_std, n), test=Published(test, test_std, n)), rule)
+    return Row(name, label, spec, dict(train=Published(train, train_std, n),
+                                       test=Published(test, test_std, n)), rule)
 
 # %% ../../nbs/irm/09_rows.ipynb #f4507025
-OFFICIAL = dict(hidden=390, lr=0.0004898536566546834, l2=0.00110794568, anneal_steps=190, weight=91257.18613115903)
+OFFICIAL = dict(hidden=390, lr=0.0004898536566546834, l2=0.00110794568, anneal_steps=190,
+                weight=91257.18613115903)
 PLAIN = dict(hidden=256, lr=.001, l2=.001)
 BLIND = dict(hidden=83, lr=0.0028171488133821726, l2=0.0008602868865288383, epochs=101, grey=True)
 PUBLISHED = (
     colored_row('irm', 'IRM', irm_spec('irm', **OFFICIAL), 70.81, .93, 66.90, 2.54, n=10),
     colored_row('erm', 'Plain training (ERM)', irm_spec('erm', **PLAIN), 87.39, .19, 17.07, .67, n=10),
-    colored_row('oracle', 'ERM, blind to colour (oracle)', irm_spec('erm', **BLIND), 73.50, .19, 73.01, .47, n=10),
+    colored_row('oracle', 'ERM, blind to colour (oracle)', irm_spec('erm', **BLIND), 73.50, .19, 73.01, .47,
+                n=10),
     colored_row('vrex', 'V-REx', irm_spec('vrex', **OFFICIAL), 71.5, 1.0, 68.7, .9),
     colored_row('group-dro', 'GroupDRO', irm_spec('group_dro', **PLAIN), 88.9, .3, 22.3, 4.6))
 
@@ -52,7 +56,8 @@ IRM_SEARCH = Table('irm-search', 'Random search on Colored MNIST', 'nowhere; 16 
 # %% ../../nbs/irm/09_rows.ipynb #e767068d
 def validated(row):
     "A row again, with the step that validation picks."
-    return replace(colored_row(f'{row.name}-validated', f'{row.label}, step by validation', row.spec), rule='best:valid')
+    return replace(colored_row(f'{row.name}-validated', f'{row.label}, step by validation', row.spec),
+                   rule='best:valid')
 
 IRM_COLORED_MNIST = Table('irm-colored-mnist', 'IRM on Colored MNIST',
     'Arjovsky et al., Table 1, 10 runs; V-REx and GroupDRO: Krueger et al., Table 2', (
@@ -66,11 +71,14 @@ def small_batches(bs, unbiased):
     return irm_spec('irm', **OFFICIAL, bs=bs, epochs=500*bs//50_000, every=1, unbiased=unbiased)
 
 IRM_RISKS = Table('irm-risks', 'Where IRM fails on Colored MNIST', 'nowhere', (
-    *(colored_row(f'n-{n}', f'{n:,} training digits', irm_spec('irm', **OFFICIAL, n=n)) for n in (1000, 2000, 5000, 10_000, 20_000)),
-    *(colored_row(f'batch-{b}{"-unbiased" if u else ""}', f'batches of {b:,}{", unbiased" if u else ""}', small_batches(b, u))
+    *(colored_row(f'n-{n}', f'{n:,} training digits', irm_spec('irm', **OFFICIAL, n=n))
+      for n in (1000, 2000, 5000, 10_000, 20_000)),
+    *(colored_row(f'batch-{b}{"-unbiased" if u else ""}', f'batches of {b:,}{", unbiased" if u else ""}',
+                  small_batches(b, u))
       for b in (100, 500, 2000, 10_000) for u in (False, True)),
     colored_row('fp32', 'all training digits, in float32', irm_spec('irm', **OFFICIAL, precision='fp32')),
-    colored_row('erm-penalty', 'Plain training, with the penalty measured', irm_spec('irm', **PLAIN, weight=0.))))
+    colored_row('erm-penalty', 'Plain training, with the penalty measured',
+                irm_spec('irm', **PLAIN, weight=0.))))
 
 # %% ../../nbs/irm/09_rows.ipynb #66988dbb
 TABLES = (IRM_SEARCH, IRM_COLORED_MNIST, IRM_RISKS)

@@ -18,23 +18,28 @@ def rcl_spec(margin=None, **settings):
 
 def mnist_mp_row(name, label, spec, valid, valid_std, test, test_std, rule='best:valid', test_domain='grey'):
     "A row of Table 2: ten runs, at the epoch of the best validation accuracy, or stopped early."
-    return Row(name, label, spec, dict(valid=Published(valid, valid_std, 10), **{test_domain: Published(test, test_std, 10)}), rule)
+    return Row(name, label, spec, dict(valid=Published(valid, valid_std, 10),
+                                       **{test_domain: Published(test, test_std, 10)}), rule)
 
 # %% ../../nbs/rcl/07_rows.ipynb #4eaccd27
 def rivals():
     "Rows of the methods that RCL is compared with."
     row,early = mnist_mp_row, 'early-stop@95'
-    spec = {o: Spec(methods=o) for o in ('erm','dropout','dropout+orthogonality','dropout+decov','jigsaw','reconstruction','spectral_decoupling','rsc')}
+    spec = {o: Spec(methods=o) for o in ('erm','dropout','dropout+orthogonality','dropout+decov','jigsaw',
+                                         'reconstruction','spectral_decoupling','rsc')}
     return (
         row('erm', 'Standard', spec['erm'], 99.8, .006, 26.0, 4.7),
         row('dropout', 'Dropout', spec['dropout'], 99.8, .01, 31.9, 3.1),
-        row('dropout-orthogonality', 'Dropout & orthogonality', spec['dropout+orthogonality'], 99.8, .008, 42.7, 2.6),
+        row('dropout-orthogonality', 'Dropout & orthogonality', spec['dropout+orthogonality'], 99.8, .008,
+            42.7, 2.6),
         row('dropout-decov', 'Dropout & covariance', spec['dropout+decov'], 99.8, .002, 42.6, 2.0),
         row('jigsaw', 'Jigsaw puzzle', spec['jigsaw'], 99.8, .01, 43.0, 3.0),
-        row('jigsaw-early', 'Jigsaw puzzle, early stopping at 95%', spec['jigsaw'], 98.5, .3, 59.9, 4.5, early),
+        row('jigsaw-early', 'Jigsaw puzzle, early stopping at 95%', spec['jigsaw'], 98.5, .3, 59.9, 4.5,
+            early),
         row('reconstruction', 'Reconstruction', spec['reconstruction'], 99.8, .007, 28.5, 4.8),
         row('spectral-decoupling', 'Spectral decoupling', spec['spectral_decoupling'], 99.8, .004, 47.7, 2.9),
-        row('spectral-decoupling-early', 'Spectral decoupling, early stopping at 95%', spec['spectral_decoupling'], 99.4, .09, 49.8, 1.5, early),
+        row('spectral-decoupling-early', 'Spectral decoupling, early stopping at 95%',
+            spec['spectral_decoupling'], 99.4, .09, 49.8, 1.5, early),
         row('rsc', 'RSC', spec['rsc'], 99.2, .2, 43.5, 5.0))
 
 # %% ../../nbs/rcl/07_rows.ipynb #24ca66ca
@@ -45,9 +50,11 @@ RCL_TABLE2 = Table('rcl-table2', 'RCL on MNIST-MP', 'Duboudin et al., Table 2, 1
     mnist_mp_row('rcl-0.6', 'RCL, m = 0.6', rcl_spec(.6), 99.8, .009, 36.8, 5.6),
     mnist_mp_row('rcl-0.8', 'RCL, m = 0.8', rcl_spec(.8), 99.7, .03, 55.7, 4.7),
     mnist_mp_row('rcl-0.9', 'RCL, m = 0.9', rcl_spec(.9), 99.4, .08, 68.2, 4.0),
-    mnist_mp_row('rcl-0.9-early', 'RCL, m = 0.9, early stopping at 95%', rcl_spec(.9), 95.84, .6, 74.7, 8.5, 'early-stop@95'),
+    mnist_mp_row('rcl-0.9-early', 'RCL, m = 0.9, early stopping at 95%', rcl_spec(.9), 95.84, .6, 74.7, 8.5,
+                 'early-stop@95'),
     mnist_mp_row('rcl-inf', 'RCL, m = ∞', rcl_spec(), 96.0, .3, 89.9, .9),
-    mnist_mp_row('erm-original', 'Standard, on the original MNIST', Spec('mnist_plain'), 97.8, .12, 97.8, .12, test_domain='plain')))
+    mnist_mp_row('erm-original', 'Standard, on the original MNIST', Spec('mnist_plain'), 97.8, .12, 97.8, .12,
+                 test_domain='plain')))
 
 # %% ../../nbs/rcl/07_rows.ipynb #6468ae32
 def reading(name, label, like, spec):
@@ -58,13 +65,15 @@ RCL_OPEN_POINTS = Table('rcl-open-points', 'Readings of the RCL paper', 'Duboudi
     reading('range-erm', 'Standard: images in [0, 1]', 'erm', Spec(low=0.)),
     reading('range-0.9', 'm = 0.9: images in [0, 1]', 'rcl-0.9', rcl_spec(.9, low=0.)),
     reading('range-inf', 'm = ∞: images in [0, 1]', 'rcl-inf', rcl_spec(low=0.)),
-    reading('range-original', 'Standard, original MNIST: images in [0, 1]', 'erm-original', Spec('mnist_plain', low=0.)),
+    reading('range-original', 'Standard, original MNIST: images in [0, 1]', 'erm-original',
+            Spec('mnist_plain', low=0.)),
     reading('batch-0.9', 'm = 0.9: extremes over the whole batch', 'rcl-0.9', rcl_spec(.9, per='batch')),
     reading('batch-inf', 'm = ∞: extremes over the whole batch', 'rcl-inf', rcl_spec(per='batch')),
     reading('channel-0.9', 'm = 0.9: extremes per channel', 'rcl-0.9', rcl_spec(.9, per='channel')),
     reading('channel-inf', 'm = ∞: extremes per channel', 'rcl-inf', rcl_spec(per='channel')),
     reading('mean-inf', 'm = ∞: mean in place of sum', 'rcl-inf', rcl_spec(weight=1/3200)),
-    reading('dropout-unscaled', 'Dropout: what is left is not scaled up', 'dropout', Spec(methods='dropout', rescale=False)),
+    reading('dropout-unscaled', 'Dropout: what is left is not scaled up', 'dropout',
+            Spec(methods='dropout', rescale=False)),
     reading('fp32-inf', 'm = ∞: float32, three epochs', 'rcl-inf', rcl_spec(precision='fp32', epochs=3))))
 
 # %% ../../nbs/rcl/07_rows.ipynb #f7a41867
