@@ -115,7 +115,8 @@ def stage(path, name, out):
     cells = [title, *cells]
     if name == 'index.ipynb': cells.append(dict(cell_type='markdown', metadata={}, source=toctrees()))
     nb['cells'] = ordered(cells)
-    nb['metadata'].pop('widgets', None)
+    nb['metadata'] = dict(kernelspec=dict(name='python3', display_name='python3', language='python'),
+                          language_info=dict(name='python', pygments_lexer='python3'))
     to = out/f'{page(name)}.ipynb'
     to.parent.mkdir(exist_ok=True)
     to.write_text(json.dumps(nb), encoding='utf-8')

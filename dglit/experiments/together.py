@@ -224,7 +224,7 @@ def lead_of(
 ): # A Learner
     "The Learner whose fit trains them all."
     lead = learner_of(spec, **given)
-    lead.remove_cbs([o for o in lead.cbs if isinstance(o, Recorder) or o.name in ('track_domains','terminate_on_na_n')])
+    lead.remove_cbs([o for o in lead.cbs if isinstance(o, Recorder) or o.name in ('track_domains','stop_at_na_n')])
     lead.metrics,lead.side_by_side,lead.seed = [],True,side_by_side(lead, seeds)
     lead.dls.loaders[0] = SeedsLoader([o.dls.train for o in learners])
     lead.add_cb(Together(learners))

@@ -41,14 +41,16 @@ class T3A(nn.Module):
         order = self.entropy.argsort()
         label = self.labels[order]
         member = F.one_hot(label, K).float()
-        if self.keep is not None: member = member*((member.cumsum(0)*member).sum(1, keepdim=True) <= self.keep)
+        if self.keep is not None:
+            member = member*((member.cumsum(0)*member).sum(1, keepdim=True) <= self.keep)
         return F.normalize(member.T @ F.normalize(self.supports[order], dim=1), dim=1)
 
     @torch.no_grad()
     def forward(self, x): # Logits [N,K]
         with hook_input(self.outputs) as hook: z = self.model(x)
         f = hook.stored.flatten(1)
-        self.supports,self.labels = torch.cat([self.supports, F.normalize(f, dim=1)]), torch.cat([self.labels, z.argmax(1)])
+        self.supports = torch.cat([self.supports, F.normalize(f, dim=1)])
+        self.labels = torch.cat([self.labels, z.argmax(1)])
         self.entropy = torch.cat([self.entropy, _entropy(z)])
         return f @ self.prototypes().T
 
@@ -67,8 +69,10 @@ class TENT(nn.Module):
 
     def restart(self): # before another domain
         self.model = deepcopy(self.origin).eval().requires_grad_(False)
-        norms = [m for m in self.model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) and m.affine]
-        if not norms: raise DglitError(f"TENT trains batch normalisation, and this {type(self.origin).__name__} has none")
+        kinds = nn.BatchNorm1d, nn.BatchNorm2d
+        norms = [m for m in self.model.modules() if isinstance(m, kinds) and m.affine]
+        if not norms:
+            raise DglitError(f"TENT trains batch normalisation, and this {type(self.origin).__name__} has none")
         for m in norms:
             m.train().requires_grad_()
             m.track_running_stats,m.running_mean,m.running_var = False,None,None

@@ -39,7 +39,7 @@ def gathered(
 
 # %% ../../nbs/foundations/16_several_cards.ipynb #b0c3ac16
 def whole_of(
-    method # A callback whose classes name in `whole` what its term sees; None in one of them: it is for one process
+    method # A callback whose classes name in `whole` what its term sees; None in one: it is for one process
 ) -> list: # Names, such as 'pred', 'y', 'features', 'domain'
     "What a method's term must see of all processes; a `DglitError` for what cannot be trained by several."
     each = [vars(c)['whole'] for c in type(method).__mro__ if 'whole' in vars(c)]

@@ -17,7 +17,7 @@ from ..losses.domains import mean_over_domains, variance_over_domains
 from ..losses.irm import irm_penalty
 from .core import DomainMethod, last_layer
 
-# %% ../../nbs/family/12_pair.ipynb #3b53a34f
+# %% ../../nbs/family/12_pair.ipynb #59ece8ef
 class PAIR(DomainMethod):
     "Mean risk, IRM's and V-REx's penalty by preference, weighed anew at every step (Chen et al., 2023)."
     order,failures,alpha,whole = 5.5,0,None,None
@@ -25,7 +25,7 @@ class PAIR(DomainMethod):
     def __init__(self,
         weight:float=1., # 1: PAIR's loss in place of the mean risk; 0: plain training
         preference:tuple[float,...]=(1., 1e10, 1e12), # Of the risk, IRM's penalty, V-REx's penalty
-        anneal_steps:int=150, # Steps of a fit before that, of plain training
+        anneal_steps:int=0, # Steps of a fit before that, of plain training; the authors': 150
         eps:float=.1, # Balance while the imbalance is above this, then descend
         module:nn.Module|None=None # Whose gradients are compared; None: the model's last layer
     ):
@@ -39,9 +39,8 @@ class PAIR(DomainMethod):
         self.need_several()
 
     def objectives(self): # [3]
-        index,n = self.numbered()
         risks = self.mean_by_domain(self.losses(self.pred, self.y)) # and how many examples of each
-        irm = irm_penalty(self.pred, self.y, index, self.losses, n_domains=n)
+        irm = irm_penalty(self.pred, self.y, self.domain, self.losses)
         return torch.stack([mean_over_domains(*risks), irm, variance_over_domains(*risks)])
 
     def term(self):
