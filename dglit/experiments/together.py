@@ -34,8 +34,7 @@ def kept_by(
     cb # A callback
 ) -> dict: # Name of the attribute -> a tensor, or a dict of tensors
     "The tensors that a callback has."
-    def holds(v):
-        return isinstance(v, Tensor) or (isinstance(v, dict) and v and all(isinstance(o, Tensor) for o in v.values()))
+    def holds(v): return isinstance(v, Tensor) or isinstance(v, dict) and v and all(isinstance(o, Tensor) for o in v.values())
     return {k: v for k,v in vars(cb).items() if holds(v)}
 
 def each_of(f, kept):
@@ -225,7 +224,7 @@ def lead_of(
 ): # A Learner
     "The Learner whose fit trains them all."
     lead = learner_of(spec, **given)
-    lead.remove_cbs([o for o in lead.cbs if isinstance(o, Recorder) or o.name in ('track_domains','terminate_on_na_n')])
+    lead.remove_cbs([o for o in lead.cbs if isinstance(o, Recorder) or o.name in ('track_domains','stop_at_na_n')])
     lead.metrics,lead.side_by_side,lead.seed = [],True,side_by_side(lead, seeds)
     lead.dls.loaders[0] = SeedsLoader([o.dls.train for o in learners])
     lead.add_cb(Together(learners))
