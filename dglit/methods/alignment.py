@@ -23,7 +23,6 @@ class CORAL(LastFeatureMethod, DomainMethod):
     def after_pred(self):
         super().after_pred()
         self.need_several()
-
     def term(self): return coral_penalty(self.features, *environments_of(self))
 
 # %% ../../nbs/family/13_alignment.ipynb #50f03940
@@ -34,7 +33,7 @@ def reverse_gradient(
     "The identity, whose gradient is turned round (Ganin et al., 2016)."
     return (1 + strength)*x.detach() - strength*x
 
-# %% ../../nbs/family/13_alignment.ipynb #0e83de19
+# %% ../../nbs/family/13_alignment.ipynb #2b6cdb44
 class DANN(SideNet, DomainMethod):
     "Domain-adversarial training: features from which a network cannot tell the domain (Ganin et al., 2016)."
     told = None # The domains that the discriminator tells apart
@@ -42,7 +41,7 @@ class DANN(SideNet, DomainMethod):
         weight:float=1., # Weight of the discriminator's loss: a number, or a fastai schedule
         strength:float=1., # Of the reversed gradient; 0: the discriminator only looks on
         hidden:int=256, # Width of the discriminator
-        domains:tuple[int,...]|None=None, # All training domains; None: of the data, or of the first batch
+        domains:tuple[int,...]|None=None, # All training domains; None: the data's, or the first batch's
         module:nn.Module|None=None # Module whose input are the features [N,D]; None: the model's last layer
     ):
         super().__init__(weight, module)
