@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 from ..core import DglitError
 from ..losses.feature_statistics import coral_penalty
 from .core import DomainMethod, LastFeatureMethod, SideNet
-from .head_gradients import environments_of
 
 # %% ../../nbs/family/13_alignment.ipynb #6ca3b50f
 class CORAL(LastFeatureMethod, DomainMethod):
@@ -23,7 +22,7 @@ class CORAL(LastFeatureMethod, DomainMethod):
     def after_pred(self):
         super().after_pred()
         self.need_several()
-    def term(self): return coral_penalty(self.features, *environments_of(self))
+    def term(self): return coral_penalty(self.features, *self.numbered())
 
 # %% ../../nbs/family/13_alignment.ipynb #50f03940
 def reverse_gradient(
@@ -49,7 +48,7 @@ class DANN(SideNet, DomainMethod):
 
     make_hook = LastFeatureMethod.make_hook
     def make_net(self, features):
-        self.told = self.domain.unique() if self.known is None else self.known
+        self.told = self.domain.unique() if self.train_domains is None else self.train_domains
         if self.domains: self.told = self.domain.new_tensor(sorted(self.domains))
         if len(self.told) < 2:
             raise DglitError(f"DANN tells domains apart, and the first batch of {len(features)} is all of "
@@ -60,7 +59,7 @@ class DANN(SideNet, DomainMethod):
 
     def term(self):
         index = torch.searchsorted(self.told, self.domain).clamp(max=len(self.told)-1)
-        if self.known is None and (self.told[index] != self.domain).any():
+        if self.train_domains is None and (self.told[index] != self.domain).any():
             raise DglitError("DANN meets a domain that the first batch had not: name all of them, "
                              "as in DANN(domains=(0, 1, 2))")
         reversed = reverse_gradient(self.features.flatten(1), self.strength)
