@@ -15,7 +15,7 @@ from torch import nn
 from dglit.core import set_seed
 from dglit.data.loaders import DomainLoaders
 from dglit.data.mnist import Digits
-from dglit.experiments.run import DATASETS, METHODS, MODELS
+from dglit.experiments.registry import DATASETS, METHODS, MODELS
 from dglit.learner import BFloat16, domain_learner, evaluate, load_trained, save_trained
 from dglit.methods.core import TakeDomain
 
@@ -92,8 +92,8 @@ def card():
 
 
 # Waits of a training step beyond plain training's: as many as now, and no more; what is not listed has none. The list only shrinks
-ALLOWED = dict(dropout=1, jigsaw=2, irm=3, vrex=4, group_dro=1, cim=8, vib=1, scl=2)
-PLAIN = 2 # waits of plain training: fastai's Recorder, and the accuracy on training data
+ALLOWED = {}
+PLAIN = 1 # waits of plain training: fastai's Recorder, and the accuracy on training data
 EVALUATION = 6 # of a batch that is measured
 
 @pytest.mark.parametrize('method,settings', CASES, ids=IDS)
@@ -106,6 +106,7 @@ def test_trains_there_as_here(method, settings):
         assert all(on(p) for p in learn.model.parameters())
     assert same(here, there)
     assert not card.of('number from the CPU')
+    print(method, watch.waits, watch.launches)
     assert watch.waits <= PLAIN + ALLOWED.get(method, 0), card.of('wait')
 
 
@@ -162,7 +163,7 @@ def test_optimizers(method, opt):
     assert same(here, there) and not card.of('number from the CPU')
 
 
-@pytest.mark.parametrize('name', DATASETS)
+@pytest.mark.parametrize('name', [k for k, f in DATASETS.items() if 'digits' in signature(f).parameters])
 def test_data(name, digits):
     few = Digits(digits.x_train[:60], digits.y_train[:60], digits.x_test[:20], digits.y_test[:20])
     def batches(device): return [o for dl in DATASETS[name](few, bs=20, device=device).loaders for _ in range(2) for b in dl for o in b]
@@ -219,7 +220,7 @@ def test_cells_for_a_gpu_find_it():
             if c['cell_type'] != 'code': continue
             for line in s.splitlines():
                 if m := re.search(r'default_device\((False|True|None|)', line): kept = m[1] == 'False'
-            assert not (kept and '#| gpu' in s), f'{nb.name}: a cell for a GPU, on the CPU: {s[:80]}'
+            assert not (kept and '#| gpu' in s and "'cuda'" not in s), f'{nb.name}: a cell for a GPU, on the CPU: {s[:80]}'
 
 
 def test_tests_for_a_gpu_use_it():

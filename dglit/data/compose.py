@@ -61,7 +61,8 @@ def dealt_grounds(
         here = [(split == o) & (place.numpy() == p) for o in np.unique(split)]
         parts = [torch.from_numpy(np.flatnonzero(o)) for o in here]
         parts = [o for o in parts if len(o)]
-        if count < len(parts): raise DglitError(f'{count} backgrounds of place {p}: needed {len(parts)}, one a part')
+        if count < len(parts):
+            raise DglitError(f'{count} backgrounds of place {p}: needed {len(parts)}, one a part')
         sizes = torch.tensor([0, *map(len, parts)]).cumsum(0)
         ends = sizes*(count-len(parts))//sizes[-1].clamp(min=1) + torch.arange(len(parts)+1) # in proportion, 1 or more
         deck = torch.randperm(count, generator=order)

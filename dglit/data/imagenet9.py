@@ -26,7 +26,8 @@ def background_gap(
 ) -> float: # In percent points
     "How much of the accuracy is the background's (Xiao et al., 2020, §3)."
     for o in ('mixed_same','mixed_rand'):
-        if o not in accuracies.index: raise DglitError(f'no accuracy on {o!r}: needed mixed_same and mixed_rand')
+        if o not in accuracies.index:
+            raise DglitError(f'no accuracy on {o!r}: needed mixed_same and mixed_rand')
     return accuracies.accuracy['mixed_same'] - accuracies.accuracy['mixed_rand']
 
 # %% ../../nbs/photographs/07_imagenet9.ipynb #f42ef679

@@ -86,18 +86,20 @@ def is_names(o): return is_list(o) and all(map(is_text, o))
 class Fields:
     "The fields of a JSON object, each taken once."
     def __init__(self, o, whose='the record'):
-        if not isinstance(o, dict): raise DglitError(f"{whose} is {shown(repr(o)[:60])}: needed an object with fields")
+        if not is_dict(o): raise DglitError(f"{whose} is {shown(repr(o)[:60])}: needed an object with fields")
         self.left,self.whose = dict(o),whose
 
     def take(self, name, good, what):
         "The field of that name, if it is what it should be."
         if name not in self.left: raise DglitError(f"{self.whose} lacks {name!r}")
         value = self.left.pop(name)
-        if not good(value): raise DglitError(f"{name!r} of {self.whose} is {shown(repr(value)[:60])}: needed {what}")
+        if not good(value):
+            raise DglitError(f"{name!r} of {self.whose} is {shown(repr(value)[:60])}: needed {what}")
         return value
 
     def end(self):
-        if self.left: raise DglitError(f"{self.whose} has fields that are not known: {shown(', '.join(self.left)[:200])}")
+        if self.left:
+            raise DglitError(f"{self.whose} has unknown fields: {shown(', '.join(self.left)[:200])}")
 
 # %% ../../nbs/foundations/29_record.ipynb #a8fd38c9
 def read_part(o, kind):

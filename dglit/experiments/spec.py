@@ -26,7 +26,8 @@ def try_out(kind, factory, settings):
     "Build what can be built without data, so that values out of range are an error now."
     if kind == 'method' and factory: factory(**dict(settings))
     if kind == 'model' and isinstance(factory, type) and issubclass(factory, nn.Module):
-        with torch.device('meta'), torch.random.fork_rng(devices=[]): factory(3, 10, 32, **dict(settings)) # no memory
+        with torch.device('meta'), torch.random.fork_rng(devices=[]):
+            factory(3, 10, 32, **dict(settings)) # no memory, no numbers
 
 # %% ../../nbs/foundations/28_spec.ipynb #ca022c45
 def checked(kind, name, settings):

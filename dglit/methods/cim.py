@@ -74,7 +74,7 @@ CIM_VARIANTS = ('pixel','gram','feature')
 
 class CIM(ModelMethod, FeatureMethod):
     "Contrastive input morphing (Taghanaki et al., Eq. 8 to 10): a learned mask on the input."
-    logs,pool = ('plus','minus'),None
+    logs,pool,whole = ('plus','minus'),None,None
     def __init__(self,
         weight:float=1., # lambda of Eq. 9: a number, or a fastai schedule; 0: the mask alone
         variant:str='pixel', # 'pixel' (Eq. 8), 'gram' (Eq. 10) or 'feature' (CIM_f)

@@ -44,7 +44,7 @@ def known_domains(
 # %% ../../nbs/foundations/14_domain_methods.ipynb #893d79c3
 class DomainMethod(Method):
     "A `Method` whose term may use `self.domain` [N], `self.losses(pred, y)` and `self.domain_risks()`."
-    known = None
+    known,whole = None,('domain',)
     def after_create(self): self.bring_taker()
     def before_fit(self):
         super().before_fit()
@@ -79,12 +79,24 @@ class DomainMethod(Method):
             raise DglitError(f"{name} needs the loss of each example, and {loss_func} takes no "
                              "reduction='none': give a loss that does") from e
 
+    def need_several(self): # looked at in the first step of a fit, as a card is waited for
+        begun = self.epoch + self.iter > 0 or getattr(self.learn, 'side_by_side', False)
+        if begun or len(self.domain_ids) > 1: return
+        raise DglitError(f"{type(self).__name__} compares domains, and this batch of {len(self.domain)} is all "
+                         f"of domain {self.domain[0]}: mix them, as from_tensors(..., balanced=True) does")
+
+    def numbered(self) -> tuple: # (number of each example's domain, from 0: int64 [N]; of how many, E)
+        "The batch's domains among those of the training data, or those present where the data do not tell."
+        if self.known is not None:
+            return torch.searchsorted(self.known, self.domain), len(self.known)
+        ids,index = self.domain.unique(return_inverse=True)
+        return index, len(ids)
+
     def mean_by_domain(self,
         values:Tensor # Of each example [N]
     ) -> tuple: # (means [E], numbers of examples [E]), both 0 for a domain that is not present
-        "The mean in each domain; a card does not wait."
-        if self.known is None: return domain_means(values, self.domain)
-        return domain_means(values, torch.searchsorted(self.known, self.domain), len(self.known))
+        "The mean in each domain that `numbered` counts."
+        return domain_means(values, *self.numbered())
 
     def domain_risks(self) -> Tensor: # [E], in the order of `self.domain_ids`
         "The mean loss of each domain that is present."
