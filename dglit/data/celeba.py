@@ -33,7 +33,8 @@ def celeba_table(
     parts = pd.read_csv(folder/'list_eval_partition.txt', sep=r'\s+', header=None, names=['file','split'])
     path = folder/'list_attr_celeba.txt'
     with open(path) as f: n,names = f.readline().strip(), f.readline().split()
-    if not n.isdigit() or len(names) < 2: raise DataError(f'{path}: needed the number of faces, then attributes')
+    if not n.isdigit() or len(names) < 2:
+        raise DataError(f'{path}: needed the number of faces, then attributes')
     for o in (target, group): choose(o, names, 'attribute')
     faces = pd.read_csv(path, sep=r'\s+', header=None, skiprows=2, names=['file',*names]).set_index('file')
     lost = parts.file[~parts.file.isin(faces.index)]
