@@ -48,7 +48,7 @@ class DANN(SideNet, DomainMethod):
 
     make_hook = LastFeatureMethod.make_hook
     def make_net(self, features):
-        self.told = self.domain.unique() if self.train_domains is None else self.train_domains
+        self.told = self.domain.unique() if self.known is None else self.known
         if self.domains: self.told = self.domain.new_tensor(sorted(self.domains))
         if len(self.told) < 2:
             raise DglitError(f"DANN tells domains apart, and the first batch of {len(features)} is all of "
@@ -59,7 +59,7 @@ class DANN(SideNet, DomainMethod):
 
     def term(self):
         index = torch.searchsorted(self.told, self.domain).clamp(max=len(self.told)-1)
-        if self.train_domains is None and (self.told[index] != self.domain).any():
+        if self.known is None and (self.told[index] != self.domain).any():
             raise DglitError("DANN meets a domain that the first batch had not: name all of them, "
                              "as in DANN(domains=(0, 1, 2))")
         reversed = reverse_gradient(self.features.flatten(1), self.strength)
