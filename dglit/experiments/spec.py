@@ -10,7 +10,7 @@ __all__ = ['CHECKED', 'try_out', 'checked', 'Part', 'Recipe', 'as_part', 'as_met
 
 # %% ../../nbs/foundations/28_spec.ipynb #9c494a80
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache, partial
+from functools import partial
 from inspect import Parameter, signature
 
 import torch
@@ -21,13 +21,13 @@ from .registry import LOSSES, OPTIMIZERS, PRECISIONS, REGISTRIES, SCHEDULES
 from .registry import as_setting, settings_of
 
 # %% ../../nbs/foundations/28_spec.ipynb #166532d3
-@lru_cache(1000)
-def try_out(kind, factory, settings):
+def try_out(kind, name, settings):
     "Build what can be built without data, so that values out of range are an error now."
-    if kind == 'method' and factory: factory(**dict(settings))
+    factory = REGISTRIES[kind][name]
+    if kind == 'method' and factory: factory(**settings)
     if kind == 'model' and isinstance(factory, type) and issubclass(factory, nn.Module):
         with torch.device('meta'), torch.random.fork_rng(devices=[]):
-            factory(3, 10, 32, **dict(settings)) # no memory, no numbers
+            factory(3, 10, 32, **settings) # no memory, no numbers
 
 # %% ../../nbs/foundations/28_spec.ipynb #ca022c45
 def checked(kind, name, settings):
@@ -36,7 +36,7 @@ def checked(kind, name, settings):
     good = {k: as_setting(name, k, v, choose(k, options, f'setting of {name}')) for k,v in settings.items()}
     if missing := [k for k,p in options.items() if p.default is Parameter.empty and k not in good]:
         raise DglitError(f"{name} lacks {', '.join(missing)}: needed to know what it is")
-    try_out(kind, REGISTRIES[kind][name], tuple(good.items()))
+    try_out(kind, name, good)
     def default(k): return tuple(d) if isinstance(d := options[k].default, list) else d
     return tuple((k, good[k]) for k in options if k in good and good[k] != default(k))
 
