@@ -82,9 +82,9 @@ class DomainMethod(Method):
     def need_several(self): # looked at in the first step of a fit, as a card is waited for
         begun = self.epoch + self.iter > 0 or getattr(self.learn, 'side_by_side', False)
         if begun or len(self.domain_ids) > 1: return
-        n = len(self.domain)
-        raise DglitError(f"{type(self).__name__} compares domains, and this batch of {n} is all "
-                         f"of domain {self.domain[0]}: mix them, as from_tensors(..., balanced=True) does")
+        n,name = len(self.domain),type(self).__name__
+        raise DglitError(f"{name} compares domains, and this batch of {n} is all of domain {self.domain[0]}: "
+                         "mix them, as from_tensors(..., balanced=True) does")
 
     def numbered(self) -> tuple: # (number of each example's domain, from 0: int64 [N]; of how many, E)
         "The batch's domains among those of the training data, or those present where the data do not tell."
