@@ -60,7 +60,7 @@ def prose(text):
 def explained(word, text):
     "Is `word` expanded on the page, in brackets or emphasised, or part of a link?"
     w = re.escape(word)
-    return re.search(rf'\w\s\([^()]*\b{w}s?\b[^()]*\)|\*{w}\*|\[[^\]]*\b{w}\b[^\]]*\]\(', text)
+    return re.search(rf'[\w*\"”]\s\([^()]*\b{w}s?\b|\*{w}\*|\[[^\]]*\b{w}\b[^\]]*\]\(', text)
 
 
 def introduced(letter, text):

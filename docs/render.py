@@ -36,7 +36,8 @@ def page(notebook):
 def relink(text, folder):
     "Links between notebooks and to symbols as links between staged pages, from a page in `folder`."
     text = re.sub(r'\]\(([\w./]+\.ipynb)', lambda m: f']({page(m[1])}.ipynb', text)
-    return re.sub(rf'\]\({SITE}([\w./]+)\.html', lambda m: f']({os.path.relpath(m[1], folder)}.ipynb', text)
+    return re.sub(rf'\]\({SITE}([\w./]+)\.html(#[\w.]+)?', lambda m: ']({}.ipynb{}'.format(
+        os.path.relpath(m[1], folder), (m[2] or '').replace('.', '')), text)  # a heading's dots are not in its anchor
 
 
 def heading(markdown):
@@ -115,7 +116,8 @@ def stage(path, name, out):
     cells = [title, *cells]
     if name == 'index.ipynb': cells.append(dict(cell_type='markdown', metadata={}, source=toctrees()))
     nb['cells'] = ordered(cells)
-    nb['metadata'].pop('widgets', None)
+    nb['metadata'] = dict(kernelspec=dict(name='python3', display_name='python3', language='python'),
+                          language_info=dict(name='python', pygments_lexer='python3'))
     to = out/f'{page(name)}.ipynb'
     to.parent.mkdir(exist_ok=True)
     to.write_text(json.dumps(nb), encoding='utf-8')
@@ -141,7 +143,8 @@ def render(out):
     from sphinx.search.en import SearchEnglish
 
     class Words(SearchEnglish):
-        "Numbers are found as well."
+        "Numbers are found as well; a word is stemmed once."
+        stem = functools.cache(SearchEnglish.stem)
         def word_filter(self, word): return word not in self.stopwords
 
     if out.exists() and any(out.iterdir()) and not (out/'searchindex.js').exists():

@@ -71,6 +71,10 @@ def one_thread(monkeypatch): monkeypatch.setattr(module, 'cpu_count', lambda: 1)
 
 
 @pytest.fixture
+def no_picture(monkeypatch): monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda self, file, **_: file.write(b'a picture'))
+
+
+@pytest.fixture
 def at_once(monkeypatch):
     "Runs that train nothing: what is tested is the engine around them."
     monkeypatch.setattr(module, 'run_or_record', lambda spec: done(spec, seconds=time.time()))
@@ -265,7 +269,7 @@ def test_a_sweep_leaves_bad_files_alone(tmp_path):
     assert len(said) == len(specs) and all('left out' in o and record_name(s) in o for s, o in zip(specs, said))
 
 
-def test_a_report_goes_on_past_bad_files(tmp_path, monkeypatch, capsys):
+def test_a_report_goes_on_past_bad_files(no_picture, tmp_path, monkeypatch, capsys):
     from dglit import cli
     strange(tmp_path)
     row = cli_table().rows[0]
@@ -316,7 +320,7 @@ def each_changed(o, new):
 
 
 @pytest.mark.parametrize('text', WILD[:4])
-def test_no_record_writes_outside_its_folder(tmp_path, monkeypatch, text):
+def test_no_record_writes_outside_its_folder(no_picture, tmp_path, monkeypatch, text):
     "Whatever part of a record says so."
     from dglit import cli
     folder, good = tmp_path/'a'/'b'/'c', done(row_spec(), cli_table().rows[0].published).to_json()
@@ -350,7 +354,7 @@ def test_what_is_printed_steers_no_terminal(tmp_path):
 
 
 @pytest.mark.parametrize('encoding', ['cp1252', 'ascii', 'utf-8'])
-def test_any_encoding_will_do(tmp_path, monkeypatch, encoding):
+def test_any_encoding_will_do(no_picture, tmp_path, monkeypatch, encoding):
     "`list` and `report` have α, ∞ and − to print."
     from dglit import cli
     results = sorted((Path(__file__).parents[1]/'nbs'/'results').glob('*.jsonl'))

@@ -42,9 +42,10 @@ def listed_parts(
     lists:tuple # How the two lists end, such as ('train', 'test')
 ) -> list|None: # (path, is it in the second list) of each image; None: there are no lists
     "What the authors' lists say, if they are there."
-    found = [next((o for o in (folder/f'{domain}_{end}.txt', folder/'txt_lists'/f'{domain}_{end}.txt') if o.exists()), None)
-             for end in lists]
-    return [(o, second) for second,path in enumerate(found) for o in read_list(path, domain)] if all(found) else None
+    def place(end): return [o for o in (folder, folder/'txt_lists') if (o/f'{domain}_{end}.txt').exists()]
+    if not all(map(place, lists)): return None
+    return [(o, second) for second,end in enumerate(lists)
+            for o in read_list(place(end)[0]/f'{domain}_{end}.txt', domain)]
 
 # %% ../../nbs/photographs/06_leave_one_out.ipynb #89aad376
 def found_parts(
@@ -53,9 +54,11 @@ def found_parts(
     share:float # Of the second part, where it is drawn
 ) -> list: # (path, is it in the second part) of each image
     "All images of a domain, in two parts: by its folders, else drawn in every class."
-    files = sorted(o.relative_to(folder).as_posix() for o in (folder/domain).rglob('*') if o.suffix.lower() in SUFFIXES)
+    images = (o for o in (folder/domain).rglob('*') if o.suffix.lower() in SUFFIXES)
+    files = sorted(o.relative_to(folder).as_posix() for o in images)
     if not files: raise DataError(f'{folder/domain} has no images')
-    if (folder/domain/'full').is_dir(): return [(o, o.split('/')[1] == 'test') for o in files if o.split('/')[1] in ('full','test')]
+    if (folder/domain/'full').is_dir():
+        return [(o, part == 'test') for o in files if (part := o.split('/')[1]) in ('full','test')]
     drawn = drawn_splits([o.split('/')[-2] for o in files], share, 0, generator(0, 'leave one out', domain))
     return [*zip(files, drawn == 'valid')]
 
@@ -71,7 +74,8 @@ def domain_table(
             for o in listed_parts(folder, domain, lists) or found_parts(folder, domain, share)]
     table = pd.DataFrame(rows, columns=['group','file','second'])
     name = table.file.str.split('/').str[-2]
-    for o in table.file[~name.isin(classes)]: raise DataError(f"{folder/o} lies in none of {', '.join(classes)}")
+    for o in table.file[~name.isin(classes)]:
+        raise DataError(f"{folder/o} lies in none of {', '.join(classes)}")
     return table.assign(y=name.map(classes.index), second=table.second.astype(bool))
 
 # %% ../../nbs/photographs/06_leave_one_out.ipynb #1e2ea4df
@@ -80,7 +84,8 @@ PACS = dict(art_painting=2048, cartoon=2344, photo=1670, sketch=3929)
 
 def _differs(table, published):
     found = table.group.value_counts()
-    return [f'{domain}: {found[d]:,} images, published {n:,}' for d,(domain,n) in enumerate(published.items()) if found[d] != n]
+    return [f'{domain}: {found[d]:,} images, published {n:,}'
+            for d,(domain,n) in enumerate(published.items()) if found[d] != n]
 
 @delegates(photo_loaders, but=['differs'])
 def vlcs(
@@ -89,28 +94,32 @@ def vlcs(
     size:int=224, # Side in pixels
     **kwargs # For `photo_loaders`: `bs`, `seed`, `balanced`, `augment`, ...
 ) -> PhotoLoaders: # Batches (images [B,3,size,size] in [0,1], classes, domains); `.tests[test]`
-    "VLCS (Torralba and Efros, 2011), one domain left out: trained on 63 percent of three, tested on 30 of the fourth."
+    "VLCS (Torralba and Efros, 2011): trained on 63 percent of three domains, tested on 30 of the fourth."
     choose(test, VLCS, 'domain')
-    folder = needs_files(folder or data_folder()/'VLCS', [*VLCS], 'VLCS and its lists, see https://github.com/fmcarlucci/JigenDG')
+    folder = needs_files(folder or data_folder()/'VLCS', [*VLCS],
+                         'VLCS and its lists, see https://github.com/fmcarlucci/JigenDG')
     table = domain_table(folder, [*VLCS], [*'01234'], ('train','test'), .3)
     differs,out = _differs(table, VLCS), [*VLCS].index(test)
     table = table[table.second == (table.group == out)]
     drawn = drawn_splits([*zip(table.y, table.group)], .1, 0, generator(kwargs.get('seed', 0), 'vlcs'))
     table = table.assign(split=np.where(table.group == out, test, drawn))
-    return photo_loaders(folder, table, ['bird','car','chair','dog','person'], [*VLCS], size=size, differs=differs, **kwargs)
+    vocab = ['bird','car','chair','dog','person']
+    return photo_loaders(folder, table, vocab, [*VLCS], size=size, differs=differs, **kwargs)
 
 # %% ../../nbs/photographs/06_leave_one_out.ipynb #148fc361
 @delegates(photo_loaders, but=['differs'])
 def pacs(
-    folder:str|None=None, # Where art_painting, cartoon, photo and sketch are; None: `PACS` in dglit's data folder
+    folder:str|None=None, # Where art_painting, photo, … are; None: `PACS` in dglit's data folder
     test:str='sketch', # The domain that is held out
     size:int=224, # Side in pixels
     **kwargs # For `photo_loaders`: `bs`, `seed`, `balanced`, `augment`, ...
 ) -> PhotoLoaders: # Batches (images [B,3,size,size] in [0,1], classes, domains); `.tests[test]`
     "PACS (Li et al., 2017), one domain left out: trained on 90 percent of three, tested on the fourth."
     choose(test, PACS, 'domain')
-    folder = needs_files(folder or data_folder()/'PACS', [*PACS], 'PACS, see https://dali-dl.github.io/project_iccv2017.html')
+    folder = needs_files(folder or data_folder()/'PACS', [*PACS],
+                         'PACS, see https://dali-dl.github.io/project_iccv2017.html')
     classes = ['dog','elephant','giraffe','guitar','horse','house','person']
     table = domain_table(folder, [*PACS], classes, ('train_kfold','crossval_kfold'), .1)
     split = np.where(table.group == [*PACS].index(test), test, np.where(table.second, 'valid', 'train'))
-    return photo_loaders(folder, table.assign(split=split), classes, [*PACS], size=size, differs=_differs(table, PACS), **kwargs)
+    table = table.assign(split=split)
+    return photo_loaders(folder, table, classes, [*PACS], size=size, differs=_differs(table, PACS), **kwargs)

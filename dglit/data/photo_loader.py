@@ -37,7 +37,8 @@ def random_boxes(
     "Where to cut images, and which of them to mirror."
     area,stretch,left,top,mirror = torch.rand(5, n, generator=order)
     area,stretch = share + (1-share)*area, ratio**(2*stretch - 1)
-    height,width = (h*(area/stretch).sqrt()).round().clamp(1, h), (w*(area*stretch).sqrt()).round().clamp(1, w)
+    height = (h*(area/stretch).sqrt()).round().clamp(1, h)
+    width = (w*(area*stretch).sqrt()).round().clamp(1, w)
     return torch.stack([top*(h-height+1), left*(w-width+1), height, width, mirror < flip], 1).long()
 
 # %% ../../nbs/photographs/02_photo_loader.ipynb #e7df31c2
@@ -101,9 +102,7 @@ class PhotoLoader(TensorLoader):
         return (x, *(t.index_select(0, idxs) for t in rest))
 
     def __iter__(self):
-        if not self.augment: return super().__iter__()
-        idxs = self.get_idxs().to(self.device)
-        return map(self.create_batch, (idxs[:len(self)*self.bs] if self.drop_last else idxs).split(self.bs))
+        return self.create_batches(self.get_idxs()) if self.augment else super().__iter__()
 
     def one_batch(self): return TensorLoader.one_batch(self.new() if self.augment else self)
     def new(self, dataset=None, cls=None, **kwargs):

@@ -40,7 +40,8 @@ def needs_files(
     folder = Path(folder).expanduser()
     missing = [o for o in names if not (folder/o).exists()]
     if missing: 
-        raise DataError(f"{folder} lacks {', '.join(missing)}. Fetch {fetch}, and put it there or name its folder")
+        raise DataError(f"{folder} lacks {', '.join(missing)}. Fetch {fetch}, and put it there "
+                        "or name its folder")
     return folder
 
 # %% ../../nbs/photographs/04_waterbirds.ipynb #0ce68164

@@ -78,7 +78,7 @@ def to_json(self:Run) -> str:
 # %% ../../nbs/foundations/29_record.ipynb #4c4cf9eb
 def is_text(o): return isinstance(o, str) and o.isprintable()
 def is_whole(o): return isinstance(o, int) and not isinstance(o, bool)
-def is_number(o): return isinstance(o, (int,float)) and not isinstance(o, bool) and isfinite(o)
+def is_number(o): return isinstance(o, (int,float)) and not isinstance(o, bool) and abs(o) < 1e300
 def is_dict(o): return isinstance(o, dict)
 def is_list(o): return isinstance(o, list)
 def is_names(o): return is_list(o) and all(map(is_text, o))
@@ -99,7 +99,7 @@ class Fields:
 
     def end(self):
         if self.left:
-            raise DglitError(f"{self.whose} has unknown fields: {shown(', '.join(self.left))[:200]}")
+            raise DglitError(f"{self.whose} has unknown fields: {shown(', '.join(self.left)[:200])}")
 
 # %% ../../nbs/foundations/29_record.ipynb #a8fd38c9
 def read_part(o, kind):

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..core import DglitError
 from ..methods.core import hook_input, last_layer
 
-# %% ../../nbs/family/18_test_time.ipynb #c60b223e
+# %% ../../nbs/family/18_test_time.ipynb #3238d020
 class T3A(nn.Module):
     "A classifier whose last layer moves with the images it sees (Iwasawa and Matsuo, 2021)."
     def __init__(self,
@@ -41,20 +41,22 @@ class T3A(nn.Module):
         order = self.entropy.argsort()
         label = self.labels[order]
         member = F.one_hot(label, K).float()
-        if self.keep is not None: member = member*((member.cumsum(0)*member).sum(1, keepdim=True) <= self.keep)
+        rank = (member.cumsum(0)*member).sum(1, keepdim=True) # of each among its class's, from 1
+        if self.keep is not None: member = member*(rank <= self.keep)
         return F.normalize(member.T @ F.normalize(self.supports[order], dim=1), dim=1)
 
     @torch.no_grad()
     def forward(self, x): # Logits [N,K]
         with hook_input(self.outputs) as hook: z = self.model(x)
         f = hook.stored.flatten(1)
-        self.supports,self.labels = torch.cat([self.supports, F.normalize(f, dim=1)]), torch.cat([self.labels, z.argmax(1)])
+        self.supports = torch.cat([self.supports, F.normalize(f, dim=1)])
+        self.labels = torch.cat([self.labels, z.argmax(1)])
         self.entropy = torch.cat([self.entropy, _entropy(z)])
         return f @ self.prototypes().T
 
 def _entropy(z): return -(z.softmax(1)*z.log_softmax(1)).sum(1)
 
-# %% ../../nbs/family/18_test_time.ipynb #9cdb84cd
+# %% ../../nbs/family/18_test_time.ipynb #150b1dbc
 class TENT(nn.Module):
     "A classifier that trains its normalisation to be surer (Wang et al., 2021)."
     def __init__(self,
@@ -67,8 +69,10 @@ class TENT(nn.Module):
 
     def restart(self): # before another domain
         self.model = deepcopy(self.origin).eval().requires_grad_(False)
-        norms = [m for m in self.model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) and m.affine]
-        if not norms: raise DglitError(f"TENT trains batch normalisation, and this {type(self.origin).__name__} has none")
+        kinds,name = (nn.BatchNorm1d, nn.BatchNorm2d),type(self.origin).__name__
+        norms = [m for m in self.model.modules() if isinstance(m, kinds) and m.affine]
+        if not norms:
+            raise DglitError(f"TENT trains batch normalisation, and this {name} has none: use T3A")
         for m in norms:
             m.train().requires_grad_()
             m.track_running_stats,m.running_mean,m.running_var = False,None,None

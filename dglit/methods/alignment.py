@@ -7,7 +7,7 @@ Docs: https://dglit.github.io/dglit/family/alignment.html.md"""
 # %% auto #0
 __all__ = ['CORAL', 'reverse_gradient', 'DANN']
 
-# %% ../../nbs/family/13_alignment.ipynb #8d09fe32
+# %% ../../nbs/family/13_alignment.ipynb #4e4dfbbc
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -16,14 +16,13 @@ from ..core import DglitError
 from ..losses.feature_statistics import coral_penalty
 from .core import DomainMethod, LastFeatureMethod, SideNet
 
-# %% ../../nbs/family/13_alignment.ipynb #1e4f2f37
+# %% ../../nbs/family/13_alignment.ipynb #6ca3b50f
 class CORAL(LastFeatureMethod, DomainMethod):
     "Alike means and covariances of the last layer's inputs (Sun and Saenko, 2016; as DomainBed has it)."
-    def term(self):
-        if len(self.domain_ids) < 2:
-            raise DglitError(f"CORAL compares domains, and this batch of {len(self.domain)} is all of "
-                             f"domain {self.domain[0]}: mix them, as from_tensors(..., balanced=True) does")
-        return coral_penalty(self.features, self.domain_index, len(self.domain_ids))
+    def after_pred(self):
+        super().after_pred()
+        self.need_several()
+    def term(self): return coral_penalty(self.features, *self.numbered())
 
 # %% ../../nbs/family/13_alignment.ipynb #50f03940
 def reverse_gradient(
@@ -33,15 +32,15 @@ def reverse_gradient(
     "The identity, whose gradient is turned round (Ganin et al., 2016)."
     return (1 + strength)*x.detach() - strength*x
 
-# %% ../../nbs/family/13_alignment.ipynb #1f701a54
+# %% ../../nbs/family/13_alignment.ipynb #2b6cdb44
 class DANN(SideNet, DomainMethod):
     "Domain-adversarial training: features from which a network cannot tell the domain (Ganin et al., 2016)."
-    known = None
+    told = None # The domains that the discriminator tells apart
     def __init__(self,
         weight:float=1., # Weight of the discriminator's loss: a number, or a fastai schedule
         strength:float=1., # Of the reversed gradient; 0: the discriminator only looks on
         hidden:int=256, # Width of the discriminator
-        domains:tuple[int,...]|None=None, # All training domains; None: those of the first batch
+        domains:tuple[int,...]|None=None, # All training domains; None: the data's, or the first batch's
         module:nn.Module|None=None # Module whose input are the features [N,D]; None: the model's last layer
     ):
         super().__init__(weight, module)
@@ -49,17 +48,18 @@ class DANN(SideNet, DomainMethod):
 
     make_hook = LastFeatureMethod.make_hook
     def make_net(self, features):
-        self.known = self.domain.new_tensor(sorted(self.domains)) if self.domains else self.domain.unique()
-        if len(self.known) < 2:
+        self.told = self.domain.unique() if self.known is None else self.known
+        if self.domains: self.told = self.domain.new_tensor(sorted(self.domains))
+        if len(self.told) < 2:
             raise DglitError(f"DANN tells domains apart, and the first batch of {len(features)} is all of "
                              f"domain {self.domain[0]}: mix them, as from_tensors(..., balanced=True) does")
         wide,h = features.flatten(1).shape[1], self.hidden
         return nn.Sequential(nn.Linear(wide, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(),
-                             nn.Linear(h, len(self.known)))
+                             nn.Linear(h, len(self.told)))
 
     def term(self):
-        index = torch.searchsorted(self.known, self.domain).clamp(max=len(self.known)-1)
-        if (self.known[index] != self.domain).any():
+        index = torch.searchsorted(self.told, self.domain).clamp(max=len(self.told)-1)
+        if self.known is None and (self.told[index] != self.domain).any():
             raise DglitError("DANN meets a domain that the first batch had not: name all of them, "
                              "as in DANN(domains=(0, 1, 2))")
         reversed = reverse_gradient(self.features.flatten(1), self.strength)

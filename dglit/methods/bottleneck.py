@@ -7,7 +7,7 @@ Docs: https://dglit.github.io/dglit/family/bottleneck_methods.html.md"""
 # %% auto #0
 __all__ = ['IBERM', 'BIRM']
 
-# %% ../../nbs/family/11_bottleneck_methods.ipynb #1359f71d
+# %% ../../nbs/family/11_bottleneck_methods.ipynb #54d8e293
 from torch import nn
 
 from ..core import DglitError
@@ -16,19 +16,23 @@ from ..losses.feature_statistics import feature_variance
 from .core import LastFeatureMethod, step_generator
 from .irm import InvarianceMethod
 
-# %% ../../nbs/family/11_bottleneck_methods.ipynb #1fda3fbf
+# %% ../../nbs/family/11_bottleneck_methods.ipynb #e1767542
 class IBERM(LastFeatureMethod):
-    "The information bottleneck: little variance of the features (Ahuja et al., 2021); with IRM beside it, IB-IRM."
+    "The information bottleneck: little variance of the features (Ahuja et al., 2021)."
+    whole = ('domain',)
     def __init__(self,
         weight:float=.1, # Weight of the variance from `anneal_steps` on: a number, or a fastai schedule
         anneal_steps:int=0, # Steps of a fit before that, with weight 0
         by_domain:bool=False, # Variance within domains? False: of the whole batch
-        module:nn.Module|None=None # Module whose input are the features [N,D]; None: the model's last linear layer
+        module:nn.Module|None=None # Module whose input are the features [N,D]; None: the model's last layer
     ):
         super().__init__(weight, module)
         self.anneal_steps,self.by_domain = anneal_steps,by_domain
 
-    def weight_now(self): return super().weight_now() if self.epoch*self.n_iter + self.iter >= self.anneal_steps else 0.
+    def weight_now(self):
+        begun = self.epoch*self.n_iter + self.iter >= self.anneal_steps
+        return super().weight_now() if begun else 0.
+
     def term(self):
         if not self.by_domain: return feature_variance(self.features)
         if getattr(self.learn, 'domain', None) is None:
@@ -37,15 +41,15 @@ class IBERM(LastFeatureMethod):
         ids,index = self.domain.unique(return_inverse=True)
         return feature_variance(self.features, index, len(ids))
 
-# %% ../../nbs/family/11_bottleneck_methods.ipynb #de0682fe
+# %% ../../nbs/family/11_bottleneck_methods.ipynb #81c4c0ea
 class BIRM(InvarianceMethod):
     "Bayesian invariant risk minimization (Lin et al., 2022)."
     def __init__(self,
         weight:float=1e4, # Weight of the penalty from `anneal_steps` on: a number, or a fastai schedule
-        anneal_steps:int=200, # Steps of a fit before that, with another weight
+        anneal_steps:int=100, # Steps of a fit before that, with another weight
         l2:float=0., # Weight of the sum of the squared parameters
-        weight_before:float=0., # Weight in the first `anneal_steps` (or `weight`, if that is less)
-        sigma:float=.06, # Standard deviation of the scales about 1; the authors' is 1200/n for n training digits
+        weight_before:float=1., # Weight in the first `anneal_steps` (or `weight`, if that is less)
+        sigma:float=.06, # Standard deviation of the scales about 1; the authors': 1200/n for n digits
         nodes:int=9, # Of the quadrature
         draws:int|None=None # In place of nodes, so many random scales
     ):
@@ -54,5 +58,5 @@ class BIRM(InvarianceMethod):
 
     def term(self):
         rng = step_generator(self) if self.draws else None
-        return birm_penalty(self.pred, self.y, self.domain_index, len(self.domain_ids), self.sigma,
-                            self.losses, self.nodes, self.draws, rng)
+        return birm_penalty(self.pred, self.y, *self.numbered(), self.sigma, self.losses,
+                            self.nodes, self.draws, rng)

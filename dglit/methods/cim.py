@@ -74,7 +74,7 @@ CIM_VARIANTS = ('pixel','gram','feature')
 
 class CIM(ModelMethod, FeatureMethod):
     "Contrastive input morphing (Taghanaki et al., Eq. 8 to 10): a learned mask on the input."
-    logs,pool = ('plus','minus'),None
+    logs,pool,whole = ('plus','minus'),None,None
     def __init__(self,
         weight:float=1., # lambda of Eq. 9: a number, or a fastai schedule; 0: the mask alone
         variant:str='pixel', # 'pixel' (Eq. 8), 'gram' (Eq. 10) or 'feature' (CIM_f)
@@ -94,11 +94,12 @@ class CIM(ModelMethod, FeatureMethod):
         if sign not in (1,-1): raise DglitError(f"sign {sign!r}: needed 1 (Eq. 8 as printed) or -1")
         if min(width, depth) < 1:
             raise DglitError(f"width {width}, depth {depth}: a mask network needs at least 1 of each")
-        store_attr('variant,terms,sign,sample,win_size,levels,width,depth,transposed,net')
+        store_attr('variant,terms,sign,sample,win_size,levels,width,depth,transposed')
+        self.given = self.net = net
 
     def extend_model(self, x):
-        net = self.net or TransformationNetwork(x.shape[1], self.width, self.depth, self.transposed)
-        self.learn.model = Front(Mask(net), self.model)
+        self.net = self.given or TransformationNetwork(x.shape[1], self.width, self.depth, self.transposed)
+        self.learn.model = Front(Mask(self.net), self.model)
         return self.model.front
 
     def make_hook(self): return hook_output(self.added, detach=False) # the batch as it is masked

@@ -39,13 +39,14 @@ def gathered(
 
 # %% ../../nbs/foundations/16_several_cards.ipynb #b0c3ac16
 def whole_of(
-    method # A callback whose classes name in `whole` what its term sees; None in one of them: it is for one process
+    method # A callback whose classes name in `whole` what its term sees; None in one: it is for one process
 ) -> list: # Names, such as 'pred', 'y', 'features', 'domain'
     "What a method's term must see of all processes; a `DglitError` for what cannot be trained by several."
     each = [vars(c)['whole'] for c in type(method).__mro__ if 'whole' in vars(c)]
     if ranks() > 1 and None in each:
-        raise DglitError(f"{type(method).__name__} cannot be trained by {ranks()} processes: it draws random numbers for one batch, or predicts "
-                         "twice a step. Train it on one card, each of several seeds on its own")
+        raise DglitError(f"{type(method).__name__} cannot be trained by {ranks()} processes: it draws random "
+                         "numbers for one batch, or predicts twice a step. Train it on one card, "
+                         "each of several seeds on its own")
     return sorted({name for o in each if o for name in o})
 
 # %% ../../nbs/foundations/16_several_cards.ipynb #3be76290
@@ -56,6 +57,7 @@ def whole_batch(
     "What the method's term sees is of all processes."
     names = whole_of(method) if ranks() > 1 else []
     homes = [(method if o == 'features' else method.learn, dict(x='xb', y='yb').get(o, o)) for o in names]
+    homes = [o for o in homes if getattr(*o, None) is not None] # batches without domains have none
     were = [getattr(*o) for o in homes]
     for o,v in zip(homes, were): setattr(*o, tuple(map(gathered, v)) if isinstance(v, tuple) else gathered(v))
     try: yield

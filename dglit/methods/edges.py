@@ -34,9 +34,10 @@ def edge_map(
     strongest = size.amax((2,3), keepdim=True).clamp(min=1e-3)
     return (low + (1-low)*size/strongest).expand(-1, images.shape[1], -1, -1)
 
-# %% ../../nbs/family/15_edges.ipynb #4bcea1c5
+# %% ../../nbs/family/15_edges.ipynb #385103fb
 class EdgeLoss(Method):
     "The loss on edge maps, beside that on images (Efthymiadis et al., 2024)."
+    whole = None
     def __init__(self,
         weight:float=1., # Weight of the loss on edges: a number, or a fastai schedule
         sigma:float=1. # Of the smoothing before edges are drawn, in pixels
@@ -45,6 +46,7 @@ class EdgeLoss(Method):
         self.sigma = sigma
 
     def term(self):
+        if not self.weight_now(): return self.loss.detach()*0 # no second pass, which batch norm would count
         edges = edge_map(self.x, self.sigma, getattr(self.dl, 'low', 0.)).to(self.x)
         return self.loss_func(self.model(edges), *self.yb)
 

@@ -16,7 +16,7 @@ from ..losses.head_gradients import fishr_penalty, head_batch, hessian_penalty, 
 from .core import LastFeatureMethod, last_layer, step_generator
 from .irm import InvarianceMethod
 
-# %% ../../nbs/family/10_head_methods.ipynb #f2fa6a28
+# %% ../../nbs/family/10_head_methods.ipynb #47750e3f
 class HeadMethod(LastFeatureMethod, InvarianceMethod):
     "An `InvarianceMethod` whose term is made of the last layer's inputs and outputs, `self.head()`."
     def __init__(self,
@@ -39,7 +39,7 @@ class HeadMethod(LastFeatureMethod, InvarianceMethod):
                              "give the model a linear head, or name it with module=")
 
     def head(self): # what a penalty takes
-        return self.pred, self.labels, self.features, self.domain_index, len(self.domain_ids)
+        return self.pred, self.labels, self.features, *self.numbered()
     def after_loss(self):
         if self.epoch == 0 and self.iter == 0: self.check_loss()
         super().after_loss()

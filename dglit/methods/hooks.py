@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core import DglitError, generator
+from .distributed import whole_of
 from .parts import body_of
 
 # %% ../../nbs/foundations/12_hooks.ipynb #5f42c06e
@@ -39,6 +40,7 @@ class Hooked(Callback):
     def before_fit(self):
         if sum(o.name == self.name for o in self.learn.cbs) > 1:
             raise DglitError(f"{type(self).__name__} is in this Learner twice: leave one of them")
+        whole_of(self) # several processes cannot train every method
 
     def before_batch(self): self.hook = self.make_hook()
     def after_pred(self): self.unhook()
@@ -60,7 +62,7 @@ class Hooked(Callback):
 # %% ../../nbs/foundations/12_hooks.ipynb #78011ab7
 class FeatureEdit(Hooked):
     "The head gets `self.edit(features)` in place of the features, in training."
-    order = 7 # after all that read the features
+    order,whole = 7,None # after all that read the features; of one process, see `whole_of`
     def __init__(self,
         module:nn.Module|None=None # Module whose output are the features; None: the model's body
     ): self.module = module

@@ -17,10 +17,11 @@ from ..core import DglitError
 from ..losses.domains import domain_means, mean_over_domains, variance_over_domains
 from ..losses.irm import irm_penalty
 from .core import DomainMethod
+from .distributed import whole_batch
 
 # %% ../../nbs/irm/03_methods.ipynb #2379b767
 class InvarianceMethod(DomainMethod):
-    "A `DomainMethod` whose weight steps up, with the whole loss then divided by it: the recipe of IRM's authors."
+    "A `DomainMethod` whose weight steps up, the whole loss then divided by it: the recipe of IRM's authors."
     order = 5.5 # after the methods that add a term, as it divides their sum
     def __init__(self,
         weight:float=1e4, # Weight of the penalty from `anneal_steps` on: a number, or a fastai schedule
@@ -33,10 +34,7 @@ class InvarianceMethod(DomainMethod):
 
     def after_pred(self):
         super().after_pred()
-        begun = self.epoch + self.iter > 0 or getattr(self.learn, 'side_by_side', False) # looked at once a fit
-        if begun or len(self.domain_ids) > 1: return
-        raise DglitError(f"{type(self).__name__} compares domains, and this batch of {len(self.domain)} is all "
-                         f"of domain {self.domain[0]}: mix them, as DomainLoaders.from_tensors(..., balanced=True) does")
+        self.need_several()
 
     def weight_now(self):
         w,step = super().weight_now(), self.epoch*self.n_iter + self.iter
@@ -46,7 +44,7 @@ class InvarianceMethod(DomainMethod):
         super().after_loss()
         penalties = [o for o in self.learn.cbs.sorted('order') if isinstance(o, InvarianceMethod)]
         if self is not penalties[-1]: return
-        loss,l2 = self.loss_grad + self.unequal(), sum(o.l2 for o in penalties)
+        with whole_batch(self): loss,l2 = self.loss_grad + self.unequal(), sum(o.l2 for o in penalties)
         if l2: loss = loss + l2*sum(p.pow(2).sum() for p in self.model.parameters())
         self.learn.loss_grad = loss/max(1., *(o.weight_now() for o in penalties))
 
@@ -69,9 +67,8 @@ class IRM(InvarianceMethod):
         self.unbiased = unbiased
 
     def term(self):
-        if self.known is None: return irm_penalty(self.pred, self.y, self.domain, self.losses, self.unbiased)
-        index = torch.searchsorted(self.known, self.domain)
-        return irm_penalty(self.pred, self.y, index, self.losses, self.unbiased, len(self.known))
+        index,n = self.numbered()
+        return irm_penalty(self.pred, self.y, index, self.losses, self.unbiased, n)
 
 # %% ../../nbs/irm/03_methods.ipynb #ef48a00d
 class VREx(InvarianceMethod):
@@ -101,8 +98,9 @@ class GroupDRO(DomainMethod):
         self.ids,self.log_q = met,log_q
 
     def term(self):
-        if self.known is None: self.meet(self.domain_ids)
-        elif self.log_q is None: self.ids,self.log_q = self.known,torch.zeros_like(self.known, dtype=torch.float32)
+        ids = self.known
+        if ids is None: self.meet(self.domain_ids)
+        elif self.log_q is None: self.ids,self.log_q = ids,torch.zeros_like(ids, dtype=torch.float32)
         index = torch.searchsorted(self.ids, self.domain)
         risks,n = domain_means(self.losses(self.pred, self.y), index, len(self.ids))
         if not self.second_pass: self.log_q = self.log_q + self.step_size*risks.detach()

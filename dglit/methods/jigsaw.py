@@ -37,13 +37,15 @@ def shuffle_tiles(
 # %% ../../nbs/rivals/06_jigsaw.ipynb #40d2ac69
 class Jigsaw(SideNet, LastFeatureMethod):
     "Solve jigsaw puzzles of 2x2 tiles with a second head (Carlucci et al., 2019; Duboudin et al., §5.1)."
+    whole = None
     def __init__(self,
         weight:float=10., # Weight of the permutation loss: a number, or a fastai schedule
-        module:nn.Module|None=None # The last layer, beside which the permutation head stands; None: the model's last
+        module:nn.Module|None=None # Layer beside which the permutation head stands; None: the model's last
     ): super().__init__(weight, module)
 
     def make_net(self, features): return nn.Linear(features.shape[-1], len(PERMUTATIONS))
     def term(self):
-        which = draw(torch.randint, len(PERMUTATIONS), (len(self.x),), rng=step_generator(self), device=self.x.device)
+        how_many,rng,device = (len(self.x),),step_generator(self),self.x.device
+        which = draw(torch.randint, len(PERMUTATIONS), how_many, rng=rng, device=device)
         answers = self.net(self.features_of(shuffle_tiles(self.x, which)))
         return nn.functional.cross_entropy(answers.float(), which)

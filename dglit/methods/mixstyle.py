@@ -38,7 +38,7 @@ def partners(
     other[other.sum(1) == 0] = 1.
     return torch.multinomial(other, 1, generator=order)[:,0].to(domains.device)
 
-# %% ../../nbs/family/17_mixstyle.ipynb #7296102e
+# %% ../../nbs/family/17_mixstyle.ipynb #5c9fdc37
 class MixStyle(FeatureEdit):
     "Mixes the statistics of channels between images (Zhou et al., 2021)."
     def __init__(self,
@@ -47,7 +47,8 @@ class MixStyle(FeatureEdit):
         module:nn.Module|None=None # Module whose output [N,C,H,W] is edited; None: the model's body
     ):
         super().__init__(module)
-        if not 0 <= p <= 1 or alpha <= 0: raise DglitError(f"p {p}, alpha {alpha}: needed p from 0 to 1, alpha above 0")
+        if not 0 <= p <= 1 or alpha <= 0:
+            raise DglitError(f"p {p}, alpha {alpha}: needed p from 0 to 1, alpha above 0")
         self.p,self.alpha = p,alpha
 
     def edit(self, features):
@@ -58,4 +59,5 @@ class MixStyle(FeatureEdit):
         if torch.rand((), generator=rng) >= self.p: return features
         u = torch._standard_gamma(torch.full((2, n), self.alpha), generator=rng)
         share = u[0]/(u.sum(0)).clamp(min=1e-30)
-        return mix_statistics(features, partners(n, getattr(self.learn, 'domain', None), rng).to(features.device), share)
+        other = partners(n, getattr(self.learn, 'domain', None), rng)
+        return mix_statistics(features, other.to(features.device), share)

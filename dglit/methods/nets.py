@@ -15,6 +15,7 @@ import torch
 from fastcore.foundation import L
 from torch import Tensor, nn
 
+from .distributed import averaged
 from .parts import Front
 from .terms import FeatureMethod, Method
 
@@ -100,7 +101,7 @@ class ModelMethod(Method):
 # %% ../../nbs/foundations/15_nets.ipynb #b1d73cc2
 class SideNet(FeatureMethod):
     "A `FeatureMethod` with a network `self.net` beside the model, trained with it."
-    net = before_lr_find = None
+    net = before_lr_find = split = None
     def make_net(self,
         features:Tensor # Of the first batch
     ) -> nn.Module:
@@ -118,12 +119,16 @@ class SideNet(FeatureMethod):
             with torch.random.fork_rng(devices=[]): self.net = self.make_net(self.features)
         self.net.to(next(self.model.parameters())).train()
         join_last_group(self.opt, self.net.parameters())
+        if self.split is not self.net: # an optimizer that is made anew, as export() does, has them too
+            self.learn.splitter,self.split = partial(split_with, self.learn.splitter, self.net),self.net
+
+    def before_step(self): averaged(self.net.parameters())
 
     def after_fit(self):
         super().after_fit()
         if not hasattr(self.learn, 'lr_finder') or self.net is None: return
         if self.before_lr_find is None:
             leave_last_group(self.opt, self.net.parameters())
-            self.net = None
+            self.learn.splitter,self.net,self.split = self.learn.splitter.args[0],None,None
         else: self.net.load_state_dict(self.before_lr_find.state_dict())
         self.before_lr_find = None

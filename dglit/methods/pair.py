@@ -13,18 +13,19 @@ from torch import nn
 
 from ..core import DglitError
 from ..losses.balance import pair_weights
+from ..losses.domains import mean_over_domains, variance_over_domains
 from ..losses.irm import irm_penalty
 from .core import DomainMethod, last_layer
 
-# %% ../../nbs/family/12_pair.ipynb #3b53a34f
+# %% ../../nbs/family/12_pair.ipynb #59ece8ef
 class PAIR(DomainMethod):
     "Mean risk, IRM's and V-REx's penalty by preference, weighed anew at every step (Chen et al., 2023)."
-    order,failures,alpha = 5.5,0,None
+    order,failures,alpha,whole = 5.5,0,None,None
     logs = 'irm_penalty','vrex_penalty'
     def __init__(self,
         weight:float=1., # 1: PAIR's loss in place of the mean risk; 0: plain training
         preference:tuple[float,...]=(1., 1e10, 1e12), # Of the risk, IRM's penalty, V-REx's penalty
-        anneal_steps:int=150, # Steps of a fit before that, of plain training
+        anneal_steps:int=0, # Steps of a fit before that, of plain training; the authors': 150
         eps:float=.1, # Balance while the imbalance is above this, then descend
         module:nn.Module|None=None # Whose gradients are compared; None: the model's last layer
     ):
@@ -35,14 +36,12 @@ class PAIR(DomainMethod):
 
     def after_pred(self):
         super().after_pred()
-        if len(self.domain_ids) > 1: return
-        raise DglitError(f"PAIR compares domains, and this batch of {len(self.domain)} is all of "
-                         f"domain {self.domain[0]}: mix them, as from_tensors(..., balanced=True) does")
+        self.need_several()
 
     def objectives(self): # [3]
-        risks = self.domain_risks()
-        irm = irm_penalty(self.pred, self.y, self.domain_index, self.losses, n_domains=len(self.domain_ids))
-        return torch.stack([risks.mean(), irm, risks.var(unbiased=False)])
+        risks = self.mean_by_domain(self.losses(self.pred, self.y)) # and how many examples of each
+        irm = irm_penalty(self.pred, self.y, self.domain, self.losses)
+        return torch.stack([mean_over_domains(*risks), irm, variance_over_domains(*risks)])
 
     def term(self):
         o = self.objectives()
@@ -51,7 +50,8 @@ class PAIR(DomainMethod):
         head = [p for p in (self.module or last_layer(self.model)).parameters() if p.requires_grad]
         each = [torch.autograd.grad(l, head, retain_graph=True) for l in o]
         G = torch.stack([torch.cat([g.flatten() for g in gs]) for gs in each]).double()
-        losses,gram = (v.detach().double().cpu().numpy() for v in (o, G @ G.T))
+        numbers = torch.cat([o.detach().double()[:,None], G @ G.T], 1).cpu().numpy() # to the host, once
+        losses,gram = numbers[:,0],numbers[:,1:]
         self.alpha,solved = pair_weights(losses, gram, self.preference, self.eps)
         self.failures += not solved
         return (torch.as_tensor(self.alpha).to(o)*o).sum() - self.loss_grad

@@ -29,8 +29,10 @@ class Front(nn.Module):
 def model_behind(
     model:nn.Module # Any model
 ) -> nn.Module: # The model itself, if nothing is in front of it
-    "The model behind all that was put in front of it."
-    while isinstance(model, Front): model = model.model
+    "The model behind all that was put in front of it, or that spreads it over cards."
+    wrapped = nn.DataParallel,nn.parallel.DistributedDataParallel
+    while isinstance(model, (Front, *wrapped)):
+        model = model.module if isinstance(model, wrapped) else model.model
     return model
 
 # %% ../../nbs/foundations/11_parts.ipynb #33433b1b

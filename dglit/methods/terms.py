@@ -15,13 +15,14 @@ from fastai.learner import ValueMetric
 from torch import Tensor, nn
 
 from ..core import DglitError
+from .distributed import whole_batch
 from .hooks import Hooked
 from .parts import body_of, hook_input, last_layer
 
 # %% ../../nbs/foundations/13_terms.ipynb #fde5c503
 class Method(Hooked):
     "Adds `weight * self.term()` to the training loss and logs the term's mean over each epoch."
-    order = 5
+    order,whole = 5,('pred','y') # `whole`: what term() sees of all processes, see `whole_of`
     logs = () # Names of what term() gives to `self.log`
     def __init__(self,
         weight:float=1. # Weight of the term: a number, or a fastai schedule
@@ -49,7 +50,7 @@ class Method(Hooked):
 
     def after_loss(self):
         self.logged = {}
-        term = self.term()
+        with whole_batch(self): term = self.term()
         self.learn.loss_grad = self.loss_grad + self.weight_now()*term
         if self.second_pass: return
         for k,v in {self.name: term, **self.logged}.items(): self.sums[k] = self.sums.get(k, 0.) + v.detach()
@@ -58,7 +59,7 @@ class Method(Hooked):
 # %% ../../nbs/foundations/13_terms.ipynb #2af45aa7
 class FeatureMethod(Method):
     "A `Method` whose term may use `self.features`, what the body made of this batch."
-    features = None
+    features,whole = None,('features',)
     def __init__(self,
         weight:float=1., # Weight of the term: a number, or a fastai schedule
         module:nn.Module|None=None # Module whose output are the features; None: the model's body

@@ -36,13 +36,14 @@ class NoisyCode(nn.Module):
 
     def forward(self, h):
         code,scale = self.gaussian(self.encoder(h))
-        if self.training: code = code + scale*draw(torch.randn, scale.shape, rng=self.rng, device=scale.device)
+        if self.training:
+            code = code + scale*draw(torch.randn, scale.shape, rng=self.rng, device=scale.device)
         return self.layer(code.to(h.dtype))
 
 # %% ../../nbs/cim/07_vib.ipynb #81269d9a
 class VIB(ModelMethod, FeatureMethod):
     "Variational information bottleneck on the last features (Alemi et al., 2016; CIM Eq. 11, setting (c))."
-    code = None
+    code = whole = None
     def __init__(self,
         beta:float=1e-3, # Weight of the divergence: a number, or a fastai schedule
         module:nn.Module|None=None # The linear layer that gets the code; None: the model's last
