@@ -147,19 +147,22 @@ def reproduce(
     jobs: JOBS = 1,
     rows: Annotated[str, typer.Option(help='Names of rows, separated by commas; none: all.')] = '',
     set_: FOR_ALL = [],
-    backend: BACKEND = 'processes', address: ADDRESS = ''):
+    backend: BACKEND = 'processes', address: ADDRESS = '',
+    together: Annotated[bool, typer.Option('--together', help='Seeds of a row side by side.')] = False):
     "Run what a paper's table still lacks, and set the result beside it."
     from dglit.core import choose
     from dglit.experiments.spec import options_of
     from dglit.experiments.sweep import sweep_with_progress
     from dglit.experiments.tables import specs_of
+    from dglit.experiments.together import sweep_together
     from dglit.papers import TABLES
     t,of = choose(table, TABLES, 'table'), rows.split(',') if rows else None
     first = specs_of(t, 1, of)[0]
     changes,runs,before = settings_given(set_, options_of((first.data, first.model))), [], None
     while before != (specs := specs_of(t, seeds, of, runs,
                                        **changes)): # what a search picks is known when it has run
-        new = sweep_with_progress(specs, out, jobs, backend=backend, address=address)
+        if together: new = sweep_together(specs, out)
+        else: new = sweep_with_progress(specs, out, jobs, backend=backend, address=address)
         before,runs = specs, list({r.spec: r for r in (*runs, *new)}.values())
         if any(r.status == 'failed' for r in runs): break
     print_report(t, runs, out)

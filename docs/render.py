@@ -36,7 +36,8 @@ def page(notebook):
 def relink(text, folder):
     "Links between notebooks and to symbols as links between staged pages, from a page in `folder`."
     text = re.sub(r'\]\(([\w./]+\.ipynb)', lambda m: f']({page(m[1])}.ipynb', text)
-    return re.sub(rf'\]\({SITE}([\w./]+)\.html', lambda m: f']({os.path.relpath(m[1], folder)}.ipynb', text)
+    return re.sub(rf'\]\({SITE}([\w./]+)\.html(#[\w.]+)?', lambda m: ']({}.ipynb{}'.format(
+        os.path.relpath(m[1], folder), (m[2] or '').replace('.', '')), text)  # a heading's dots are not in its anchor
 
 
 def heading(markdown):
@@ -142,7 +143,8 @@ def render(out):
     from sphinx.search.en import SearchEnglish
 
     class Words(SearchEnglish):
-        "Numbers are found as well."
+        "Numbers are found as well; a word is stemmed once."
+        stem = functools.cache(SearchEnglish.stem)
         def word_filter(self, word): return word not in self.stopwords
 
     if out.exists() and any(out.iterdir()) and not (out/'searchindex.js').exists():

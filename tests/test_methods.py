@@ -1,7 +1,6 @@
 "What every method promises: any Learner, in company, and nothing left behind."
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -28,12 +27,13 @@ from dglit.data.colored_mnist import colored_mnist
 from dglit.data.loaders import DomainLoaders
 from dglit.data.mnist import Digits
 from dglit.data.mnist_mp import mnist_mp
-from dglit.experiments.run import METHODS, Spec, methods_of, run
-from dglit.experiments.tables import IRM_COLORED_MNIST
+from dglit.experiments.registry import METHODS
+from dglit.experiments.run import run
+from dglit.experiments.spec import Part, Recipe, Spec
 from dglit.learner import BFloat16, domain_learner, evaluate
 from dglit.losses.irm import irm_penalty
 from dglit.methods.cim import CIM
-from dglit.methods.core import DomainMethod, FeatureMethod, ModelMethod, SideNet, TakeDomain, step_generator
+from dglit.methods.core import DomainMethod, FeatureMethod, Method, SideNet, TakeDomain, step_generator
 from dglit.methods.irm import IRM, GroupDRO, VREx
 from dglit.methods.jigsaw import PERMUTATIONS, Jigsaw
 from dglit.methods.reconstruction import Reconstruction
@@ -41,11 +41,13 @@ from dglit.methods.rsc import RSC, rsc_mask, true_class
 from dglit.methods.sam import SAM
 from dglit.methods.vib import VIB
 from dglit.models.mlp import MLP
+from dglit.papers.irm import IRM_COLORED_MNIST
 
 NAMES = [k for k, v in METHODS.items() if v]
 OPTIMIZERS = dict(fastai=Adam, ranger=ranger, torch=partial(OptimWrapper, opt=torch.optim.AdamW))
 DOMAIN = [k for k in NAMES if issubclass(METHODS[k], DomainMethod)]
-WEIGHTED = [o for o in NAMES if o not in ('dropout', 'rsc')]
+WEIGHTED = [k for k in NAMES if issubclass(METHODS[k], Method)]
+COMPARING = [k for k in DOMAIN if k != 'group_dro']  # of one domain they make nothing
 
 
 @pytest.fixture(scope='module')
@@ -61,12 +63,12 @@ def tiny():
     return model
 
 
-def learner(few, cbs=(), model=None, bs=32, **kwargs):
+def learner(few, cbs=(), model=None, bs=32, ids=(0, 1), **kwargs):
     "A Learner on MNIST-MP; where a callback takes domains, every other digit is of a second one."
     set_seed(0)
     dls = mnist_mp(few, bs=bs, size=28)
     if any(isinstance(o, (DomainMethod, TakeDomain)) for o in (cbs if isinstance(cbs, list) else [cbs])):
-        halves = lambda dl: (*dl.dataset.tensors, torch.arange(len(dl.dataset)) % 2)
+        halves = lambda dl: (*dl.dataset.tensors, torch.tensor(ids)[torch.arange(len(dl.dataset)) % 2])
         dls = DomainLoaders.from_tensors(halves(dls.train), halves(dls.valid), {}, bs=bs, vocab=dls.vocab, balanced=bs > 1)
     return Learner(dls, model or tiny(), CrossEntropyLossFlat(), lr=1e-3, metrics=accuracy, cbs=cbs, **kwargs)
 
@@ -118,10 +120,12 @@ def test_the_optimizer_remembers_what_a_method_trains(few, name):
     for opt in OPTIMIZERS.values():
         learn = fit(learner(few, METHODS[name](), opt_func=opt))
         state, trained = getattr(learn.opt, 'opt', learn.opt).state, [learn.model, *side_nets(learn)]
-        memory = {id(p): {k: id(v) for k, v in state[p].items()} for m in trained for p in m.parameters() if p.grad is not None}
-        assert memory and all(memory.values())
+        def memory(): return {id(p): {k: id(v) for k, v in state[p].items()} for m in trained for p in m.parameters() if state.get(p)}
+        before = memory()
+        assert len(before) > .5*sum(len(list(m.parameters())) for m in trained) # RSC and the like may leave some without a gradient
+        assert all(state.get(p) for m in side_nets(learn) for p in m.parameters())
         with learn.no_bar(): learn.validate()
-        assert memory == {id(p): {k: id(v) for k, v in state[p].items()} for m in trained for p in m.parameters() if p.grad is not None}
+        assert memory() == before
 
 
 # Where a step may be interrupted: from before it has changed the weights to after
@@ -198,7 +202,7 @@ def test_a_weight_may_be_a_schedule(few, name):
     assert finite(a) and not same(a, b)
 
 
-@pytest.mark.parametrize('name', [o for o in WEIGHTED if o not in ('jigsaw', 'cim', 'vib')]) # jigsaw's second pass batch norm counts, at any weight; the others are part of the model
+@pytest.mark.parametrize('name', [o for o in WEIGHTED if o not in ('jigsaw', 'edges', 'cim', 'vib')]) # batch norm counts the other images of two; two are in the model
 def test_weight_zero_is_plain_training(few, name):
     "To the last bit, on batches with as many examples of each domain."
     assert same(fit(learner(few, METHODS[name](0.))), fit(learner(few, TakeDomain() if name in DOMAIN else ())))
@@ -214,8 +218,9 @@ def test_the_same_seed_gives_the_same_network(few, name):
 
 
 def test_all_together_in_any_order(few):
-    "Every method at once: the order in which they are listed changes rounding alone."
-    a, b = fit(learner(few, every_method())), fit(learner(few, every_method()[::-1]))
+    "Every method at once: the order in which they are listed changes rounding alone. (Of two edits of the features the first comes first.)"
+    make = lambda: [o for o in every_method() if not isinstance(o, RSC)]
+    a, b = fit(learner(few, make())), fit(learner(few, make()[::-1]))
     p, q = a.model.state_dict(), b.model.state_dict()
     assert set(p) == set(q) and all(torch.allclose(p[k].float(), q[k].float(), atol=1e-4) for k in p)
     assert set(a.recorder.metric_names) == set(b.recorder.metric_names) >= {'rcl', 'de_cov', 'jigsaw', 'irm', 'vr_ex', 'group_dro', 'cim', 'plus', 'minus', 'vib', 'scl'}
@@ -229,8 +234,8 @@ def test_degenerate_batches(digits, name):
     for n, bs in ((2, 1), (8, 4)):
         x, y = digits.x_train[one_class][:n], digits.y_train[one_class][:n]
         learn = learner(Digits(x, y, x, y), METHODS[name](), plain(), bs=bs)
-        if name in ('irm', 'vrex') and bs == 1:
-            with pytest.raises(DglitError, match='this batch of 1 is all of domain'): fit(learn)
+        if name in COMPARING and bs == 1:
+            with pytest.raises(DglitError, match='batch of 1 is all of domain'): fit(learn)
             continue
         fit(learn)
         assert finite(learn) and learn.opt.state_dict()['state'], 'a step was taken'
@@ -272,7 +277,10 @@ def test_no_gradient_through_what_rsc_mutes():
 
 @pytest.mark.parametrize('cbs', [BFloat16, partial(GradientAccumulation, 64), partial(GradientClip, .1)], ids=['bfloat16', 'accumulation', 'clip'])
 @pytest.mark.parametrize('name', NAMES)
-def test_with_fastai_callbacks(few, name, cbs): assert finite(fit(learner(few, [METHODS[name](), cbs()])))
+def test_with_fastai_callbacks(few, name, cbs):
+    learn = learner(few, [METHODS[name](), cbs()])
+    if name == 'sam' and hasattr(learn, 'gradient_accumulation'): assert 'a step of several' in error_of(lambda: fit(learn))
+    else: assert finite(fit(learn))
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -503,18 +511,18 @@ def test_predictions_between_the_steps(digits):
 
 
 def test_methods_name_their_settings():
-    spec = Spec(method='jigsaw+reconstruction', settings={'jigsaw.weight': 2., 'reconstruction.weight': .5})
-    assert [o.weight for o in methods_of(spec)] == [2., .5]
+    spec = Spec(methods='jigsaw+reconstruction', **{'jigsaw.weight': 2., 'reconstruction.weight': .5})
+    assert [o.build().weight for o in spec.methods] == [2., .5]
 
 
-def on(name, **changes): # a run that any method can do
-    where = dict(dataset='colored_mnist', data=dict(rgb=True)) if name in DOMAIN else {}
-    return Spec(method=name, source='digits', bs=32, epochs=1, **where, **changes)
+def on(name): # a run that any method can do
+    data = Part('colored_mnist', digits='digits', rgb=True) if name in DOMAIN else Part('mnist_mp', digits='digits')
+    return Spec(data, 'convnet', name, Recipe(bs=32, epochs=1))
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_in_a_run(few, name):
-    r = run(on(name), few)
+    r = run(on(name), digits=few)
     assert r.status == 'done' and torch.isfinite(torch.tensor(r.curve[0]['train_loss']))
 
 
@@ -522,7 +530,7 @@ def test_in_a_run(few, name):
 @pytest.mark.parametrize('name', NAMES)
 def test_on_cuda(few, name):
     default_device(True)
-    try: r = run(on(name), few)
+    try: r = run(on(name), digits=few)
     finally: default_device(False)
     assert r.status == 'done' and 'cpu' not in r.device
 
@@ -540,12 +548,13 @@ def test_half_precision_on_cuda(few, name):
 def test_irm_full_batch_on_cuda(few):
     "The table's own training, a few steps of it, on the device."
     default_device(True)
-    try: r = run(replace(IRM_COLORED_MNIST.row('irm').spec, source='digits', epochs=21), few)
+    s = IRM_COLORED_MNIST.row('irm').spec
+    try: r = run(Spec(s.data, s.model, s.methods, s.recipe, digits='digits', epochs=21), digits=few)
     finally: default_device(False)
     assert r.status == 'done' and len(r.curve) == 3
 
 
-@pytest.mark.parametrize('name', [*NAMES, 'all'])
+@pytest.mark.parametrize('name', [*(o for o in NAMES if o != 'sam'), 'all'])
 def test_sam_at_radius_zero_is_plain_training(few, name):
     "To the last bit, dropout and batch norm included, with what is logged; above 0 the weights are others."
     cbs = lambda: every_method() if name == 'all' else [METHODS[name]()]
@@ -577,25 +586,18 @@ class InColumns(Callback):
 @pytest.mark.parametrize('name', NAMES)
 def test_labels_in_a_column(few, name):
     "Labels [N,1] train as [N] do."
-    column = fit(learner(few, [METHODS[name](), InColumns(), *([] if name in DOMAIN else [TakeDomain()])]))
-    assert same(column, fit(learner(few, METHODS[name]())))
+    cbs = lambda: [METHODS[name](), TakeDomain()]
+    assert same(fit(learner(few, [*cbs(), InColumns()])), fit(learner(few, cbs())))
 
 
 @pytest.mark.parametrize('name', DOMAIN)
 def test_any_ids_of_domains(few, name):
-    "Days, negative and huge numbers, one or two dimensions: the training is that of 0 and 1."
-    class Renamed(Callback):
-        order = -6
-        def __init__(self, ids, column=False): self.ids, self.column = torch.tensor(ids), column
-        def before_batch(self):
-            y, d = self.yb
-            d = self.ids[d]
-            self.learn.yb = y, d[:, None] if self.column else d
+    "Days, negative and huge numbers, in one dimension or a column: the training is that of 0 and 1."
     plain = fit(learner(few, METHODS[name]()))
-    for ids, column in (((20230101, 20230102), False), ((-3, 2*10**12), False), ((7, 9), True)):
-        other = fit(learner(few, [METHODS[name](), Renamed(ids, column)]))
+    for ids in ((20230101, 20230102), (-3, 2*10**12), ([7], [9])):
+        other = fit(learner(few, METHODS[name](), ids=ids))
         assert same(other, plain)
-        if name == 'group_dro': assert other.group_dro.ids.tolist() == list(ids) and torch.equal(other.group_dro.q, plain.group_dro.q)
+        if name == 'group_dro': assert other.group_dro.ids.tolist() == torch.tensor(ids).flatten().tolist() and torch.equal(other.group_dro.q, plain.group_dro.q)
 
 
 @pytest.mark.parametrize('name', NAMES)

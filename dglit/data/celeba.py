@@ -41,7 +41,8 @@ def celeba_table(
     if len(lost): raise DataError(f'{path} has no attributes of {len(lost):,} faces, such as {lost.iloc[0]}')
     y,g = (faces[o].loc[parts.file].to_numpy() for o in (target, group))
     for o,name in ((y, target), (g, group)):
-        if not set(np.unique(o)) <= {-1, 1}: raise DataError(f'{path}: {name} has {np.unique(o)}: needed -1 and 1')
+        if not set(np.unique(o)) <= {-1, 1}:
+            raise DataError(f'{path}: {name} has {np.unique(o)}: needed -1 and 1')
     y,g = (y > 0).astype(np.int64), (g > 0).astype(np.int64)
     split = parts.split.map({0: 'train', 1: 'valid', 2: 'test'})
     table = pd.DataFrame(dict(file='img_align_celeba/' + parts.file, y=y, group=2*y + g, split=split))
@@ -73,4 +74,5 @@ def celeba(
     table,groups = celeba_table(folder, target, group)
     differs = differences(table, groups, CELEBA) if (target, group) == ('Blond_Hair','Male') else []
     differs += other_files(folder)
-    return photo_loaders(folder, table, [f'not {target}', target], groups, size=size, differs=differs, **kwargs)
+    classes = [f'not {target}', target]
+    return photo_loaders(folder, table, classes, groups, size=size, differs=differs, **kwargs)

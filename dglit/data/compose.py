@@ -61,10 +61,11 @@ def dealt_grounds(
         here = [(split == o) & (place.numpy() == p) for o in np.unique(split)]
         parts = [torch.from_numpy(np.flatnonzero(o)) for o in here]
         parts = [o for o in parts if len(o)]
-        if count < len(parts):
+        if count < len(parts): 
             raise DglitError(f'{count} backgrounds of place {p}: needed {len(parts)}, one a part')
         sizes = torch.tensor([0, *map(len, parts)]).cumsum(0)
-        ends = sizes*(count-len(parts))//sizes[-1].clamp(min=1) + torch.arange(len(parts)+1) # in proportion, 1 or more
+        ends = sizes*(count-len(parts))//sizes[-1].clamp(min=1) # in proportion, ...
+        ends += torch.arange(len(parts)+1) # ... and one for each at least
         deck = torch.randperm(count, generator=order)
         for at,a,b in zip(parts, ends, ends[1:]): out[at] = deck[a:b].repeat(-(-len(at)//(b-a)))[:len(at)]
     return out
@@ -115,12 +116,12 @@ def digit_objects(
 ) -> tuple: # (objects uint8 [N,3,size,size], masks [N,1,size,size])
     "Digits of random size and place, in a light colour."
     scale,*shift = torch.rand(3, len(x), generator=order)
-    scale = 2 - .6*scale # the image is so many times as wide as the digit
+    scale = 1.5 - .4*scale # the image is so many times as wide as the digit
     cx,cy = ((scale-1)*(2*o-1) for o in shift)
     theta = torch.stack([scale, 0*scale, cx, 0*scale, scale, cy], 1).view(-1, 2, 3)
     grid = F.affine_grid(theta, (len(x), 1, size, size), align_corners=False)
     masks = F.grid_sample(torch.from_numpy(x)[:,None]/255, grid, align_corners=False)
-    colours = torch.randint(200, 256, (len(x), 3, 1, 1), generator=order, dtype=torch.uint8)
+    colours = torch.randint(224, 256, (len(x), 3, 1, 1), generator=order, dtype=torch.uint8)
     return colours.expand(-1, -1, size, size),masks
 
 def photo_crops(
@@ -133,7 +134,8 @@ def photo_crops(
     "Random square crops, half of them mirrored, of a part of a photograph."
     a,b = (round(o*photo.shape[1]) for o in part)
     photo = torch.from_numpy(photo[:,a:b].copy()).permute(2, 0, 1)
-    if min(photo.shape[1:]) < size: raise DglitError(f'size {size}: the photograph has {tuple(photo.shape[1:])}')
+    if min(photo.shape[1:]) < size:
+        raise DglitError(f'size {size}: the photograph has {tuple(photo.shape[1:])}, give no more')
     ends = photo.shape[1]-size+1, b-a-size+1, 2
     top,left,mirror = (torch.randint(o, (n,), generator=order).tolist() for o in ends)
     crops = torch.stack([photo[:,t:t+size,l:l+size] for t,l in zip(top, left)])

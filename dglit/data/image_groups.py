@@ -84,7 +84,9 @@ def files_inside(
         path = os.path.normpath(os.path.join(folder, name))
         if not path.startswith(folder + os.sep) or PureWindowsPath(name).drive:
             raise DataError(f'line {line}: {name!r} leads outside {folder}: write paths from that folder on')
-        if path in seen: raise DataError(f'lines {seen[path]} and {line} name one file, {name!r}: keep one')
+        if path in seen:
+            first,last = sorted([seen[path], line])
+            raise DataError(f'lines {first} and {last} name one file, {name!r}: keep one')
         seen[path] = line
     return list(seen)
 
@@ -141,6 +143,7 @@ def check_table(
         lacks = o.index[o.group < 0]
         needs(len(lacks) in (0, len(o)), f'line {next(iter(lacks), 0)}: no group, others in {name!r} have '
               "one: write one for all of them, such as 'unknown', or for none")
+    needs('worst' not in groups, "a group is called 'worst', as the worst of all is: give it another name")
     needs(len(groups) != 1, f'one group only, {next(iter(groups), 0)!r}: leave the column of groups away')
     if (train.group >= 0).all():
         for line,g in valid.group[(valid.group >= 0) & ~valid.group.isin(train.group)].items():
@@ -209,8 +212,8 @@ def _groups(values, y, vocab, cross):
 # %% ../../nbs/photographs/03_image_groups.ipynb #d7a5d243
 @delegates(photo_loaders, but=['differs'])
 def image_groups(
-    folder:str, # Where the paths in the table start from
-    table:str, # A CSV file, from the folder on or from here
+    folder:str='.', # Where the paths in the table start from
+    table:str='images.csv', # A CSV file, from the folder on or from here
     file:str='file', # Its columns: the image,
     label:str='label', # ... its class,
     group:str|None=None, # ... its group, if there is one,

@@ -26,8 +26,7 @@ def background_gap(
 ) -> float: # In percent points
     "How much of the accuracy is the background's (Xiao et al., 2020, §3)."
     for o in ('mixed_same','mixed_rand'):
-        if o not in accuracies.index:
-            raise DglitError(f'no accuracy on {o!r}: needed mixed_same and mixed_rand')
+        if o not in accuracies.index: raise DglitError(f'no accuracy on {o!r}: needed that and the other one')
     return accuracies.accuracy['mixed_same'] - accuracies.accuracy['mixed_rand']
 
 # %% ../../nbs/photographs/07_imagenet9.ipynb #f42ef679
@@ -52,10 +51,11 @@ def imagenet9(
     train:str='original', # The training set: 'original', 'in9l', 'mixed_rand', …
     size:int=224, # Side in pixels
     **kwargs # For `photo_loaders`: `bs`, `seed`, `augment`, ...
-) -> PhotoLoaders: # Batches (images [B,3,size,size] in [0,1], classes); `.tests` original, mixed_same, mixed_rand, …
+) -> PhotoLoaders: # Batches (images [B,3,size,size] in [0,1], classes); `.tests` original, mixed_same, …
     "ImageNet-9 and its variations (Xiao et al., 2020)."
-    fetch = 'the release of https://github.com/MadryLab/backgrounds_challenge and the training data that it names'
-    folder = needs_files(folder or data_folder()/'bg_challenge', [f'{train}/train', *(f'{o}/val' for o in IN9_TESTS[:3])], fetch)
+    parts = [f'{train}/train', *(f'{o}/val' for o in IN9_TESTS[:3])]
+    folder = needs_files(folder or data_folder()/'bg_challenge', parts,
+                         'release and training data of https://github.com/MadryLab/backgrounds_challenge')
     shown = numbered_folders(folder, f'{train}/train')
     split = drawn_splits([y for _,y in shown], .1, 0, generator(kwargs.get('seed', 0), 'imagenet9'))
     rows,differs = [(*o, s) for o,s in zip(shown, split)],[]

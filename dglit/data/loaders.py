@@ -59,7 +59,7 @@ def check_batches(
 # %% ../../nbs/foundations/02_loaders.ipynb #def11416
 class TensorLoader(TfmdDL):
     "Batches gathered from tensors on the device: images as bytes become floats in [`low`, 1]."
-    n_inp = 1
+    n_inp,as_bytes = 1,True
     def __init__(self,
         dataset:TensorDataset, # Images uint8 [N,C,H,W], then targets (and domains) with N rows
         bs:int|None=128, # Batch size; None: all N at once
@@ -73,8 +73,9 @@ class TensorLoader(TfmdDL):
     ):
         check_batches(bs, low)
         x = dataset.tensors[0]
-        if x.dtype != torch.uint8: raise DglitError(f"images {x.dtype}: needed uint8, 0 to 255; "
-                                                    "of floats x in [0,1] give (x*255).round().byte()")
+        if self.as_bytes and x.dtype != torch.uint8:
+            raise DglitError(f"images {x.dtype}: needed uint8, 0 to 255; "
+                             "of floats x in [0,1] give (x*255).round().byte()")
         bs = len(dataset) if bs is None else bs
         super().__init__(dataset, bs=bs, shuffle=shuffle, drop_last=drop_last, num_workers=0, do_setup=False,
                          **kwargs)

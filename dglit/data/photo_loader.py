@@ -102,9 +102,7 @@ class PhotoLoader(TensorLoader):
         return (x, *(t.index_select(0, idxs) for t in rest))
 
     def __iter__(self):
-        if not self.augment: return super().__iter__()
-        idxs = self.get_idxs().to(self.device)
-        return map(self.create_batch, (idxs[:len(self)*self.bs] if self.drop_last else idxs).split(self.bs))
+        return self.create_batches(self.get_idxs()) if self.augment else super().__iter__()
 
     def one_batch(self): return TensorLoader.one_batch(self.new() if self.augment else self)
     def new(self, dataset=None, cls=None, **kwargs):

@@ -70,6 +70,7 @@ def unit_test(
 # %% ../../nbs/family/04_linear_unit_tests.ipynb #f9a504a4
 class NumberLoader(TensorLoader):
     "Batches gathered from tensors, unchanged."
+    as_bytes = False
     def create_batch(self, idxs): return tuple(t.index_select(0, idxs) for t in self.dataset.tensors)
 
 def unit_test_loaders(

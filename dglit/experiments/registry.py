@@ -26,7 +26,9 @@ from ..core import DglitError, choose
 from ..data.background_mnist import background_mnist
 from ..data.colored_mnist import colored_mnist
 from ..data.celeba import celeba
+from ..data.compose import photo_digits
 from ..data.image_groups import image_groups
+from ..data.imagenet9 import imagenet9
 from ..data.leave_one_out import pacs, vlcs
 from ..data.mnist import DIGITS
 from ..data.mnist_mp import mnist_mp, mnist_plain, mnist_up
@@ -52,6 +54,7 @@ from ..methods.sam import SAM
 from ..methods.scl import SCL
 from ..methods.spectral_decoupling import SpectralDecoupling
 from ..methods.vib import VIB
+from ..models.backbone import Backbone
 from ..models.convnet import ConvNet
 from ..models.mlp import MLP
 
@@ -59,11 +62,11 @@ from ..models.mlp import MLP
 DATASETS = dict(mnist_mp=mnist_mp, mnist_up=mnist_up, mnist_plain=mnist_plain, colored_mnist=colored_mnist,
                 background_mnist=background_mnist, full_colored_mnist=full_colored_mnist,
                 colored_mnist_three=colored_mnist_three, rotated_mnist=rotated_mnist,
-                image_groups=image_groups,
-                waterbirds=waterbirds, celeba=celeba, vlcs=vlcs, pacs=pacs)
+                photo_digits=photo_digits, image_groups=image_groups,
+                waterbirds=waterbirds, celeba=celeba, vlcs=vlcs, pacs=pacs, imagenet9=imagenet9)
 
 # %% ../../nbs/foundations/27_registry.ipynb #51d5f2ea
-MODELS = dict(convnet=ConvNet, mlp=MLP)
+MODELS = dict(convnet=ConvNet, mlp=MLP, backbone=Backbone)
 
 # %% ../../nbs/foundations/27_registry.ipynb #df458fb7
 METHODS = dict(erm=None, rcl=RCL, dropout=ChannelDropout, orthogonality=DoubleSoftOrthogonality, decov=DeCov,

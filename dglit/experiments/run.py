@@ -15,7 +15,6 @@ from importlib.metadata import version
 
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.learner import Learner
 from rich.console import Console
 from rich.progress import Progress
@@ -25,7 +24,7 @@ from ..data.loaders import data_hash
 from .record import Run
 from .registry import LOSSES, SCHEDULES
 from .spec import Spec
-from ..learner import BFloat16, domain_learner
+from ..learner import BFloat16, StopAtNaN, domain_learner
 
 # %% ../../nbs/foundations/30_run.ipynb #637e3336
 def precision_on(
@@ -55,7 +54,7 @@ def learner_of(
     model = spec.model.build(c_in=x.shape[1], c_out=1 if binary else dls.c, size=x.shape[-1])
     precision = [BFloat16()] if precision_on(dls.device, recipe.precision) == 'bf16' else []
     learn = domain_learner(dls, model, [o.build() for o in spec.methods], rule, LOSSES[recipe.loss](),
-                           cbs=[TerminateOnNaNCallback(), *precision], every=recipe.every,
+                           cbs=[StopAtNaN(), *precision], every=recipe.every,
                            opt_func=recipe.opt_func(), lr=recipe.lr, wd=recipe.wd)
     learn.seed = spec.seed
     return learn

@@ -6,7 +6,7 @@ Docs: https://dglit.github.io/dglit/foundations/together.html.md"""
 
 # %% auto #0
 __all__ = ['ALONE', 'kept_by', 'each_of', 'Step', 'methods_in', 'side_by_side', 'SeedsLoader', 'NotTogether', 'check_together',
-           'reason_of', 'Together', 'lead_of', 'run_seeds']
+           'reason_of', 'Together', 'lead_of', 'run_seeds', 'sweep_together']
 
 # %% ../../nbs/foundations/36_together.ipynb #afc28aff
 from contextlib import ExitStack
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.data import TensorDataset
 
-from ..core import DglitError, draw, generator
+from ..core import DglitError, draw, generator, write_whole
 from ..data.loaders import TensorLoader
 from .run import learner_of, record_of, run
 from .registry import SCHEDULES
-from ..learner import is_right
+from .sweep import record_name, writable, _finished
+from ..learner import StopAtNaN, TrackDomains, is_right
 from ..methods.core import Hooked
 
 # %% ../../nbs/foundations/36_together.ipynb #f0abcd9a
@@ -35,7 +36,8 @@ def kept_by(
 ) -> dict: # Name of the attribute -> a tensor, or a dict of tensors
     "The tensors that a callback has."
     def holds(v):
-        return isinstance(v, Tensor) or (isinstance(v, dict) and v and all(isinstance(o, Tensor) for o in v.values()))
+        if isinstance(v, dict): return v and all(isinstance(o, Tensor) for o in v.values())
+        return isinstance(v, Tensor)
     return {k: v for k,v in vars(cb).items() if holds(v)}
 
 def each_of(f, kept):
@@ -66,7 +68,8 @@ class Step(nn.Module):
         learn('after_loss')
         for cb in learn.cbs:
             if hasattr(type(cb), 'close_step'): cb.close_step()
-        new = [{k: v for k,v in kept_by(cb).items() if v is not old.get(k)} for cb,old in zip(methods, constant)]
+        new = [{k: v for k,v in kept_by(cb).items() if v is not old.get(k)}
+               for cb,old in zip(methods, constant)]
         return learn.loss_grad, learn.loss, is_right(learn.pred, *learn.yb), new
 
 def methods_in(learn): return [o for o in learn.cbs if isinstance(o, Hooked)]
@@ -76,10 +79,11 @@ def side_by_side(
     learn, # The Learner whose steps are those of all seeds
     seeds:list # Numbers
 ):
-    "What `learn.seed` is, for `step_generator`: a stream's name -> what draws from that stream of every seed."
+    "`learn.seed`, for `step_generator`: a stream's name -> what draws from that stream of every seed."
     def stream(*name):
         each = [generator(o, *name) for o in seeds]
-        def drawn(f, *args, device=None): return torch.stack([draw(f, *args, rng=o, device=device) for o in each])[learn.which]
+        def drawn(f, *args, device=None):
+            return torch.stack([draw(f, *args, rng=o, device=device) for o in each])[learn.which]
         return drawn
     return stream
 
@@ -107,7 +111,8 @@ class SeedsLoader(TfmdDL):
         if self.all is None:
             tensors = [torch.cat(o) for o in zip(*(dl.dataset.tensors for dl in self.loaders))]
             self.all = first.new(TensorDataset(*tensors), shuffle=False, balanced=False)
-        order = torch.stack([dl.get_idxs() + i*len(dl.dataset) for i,dl in enumerate(self.loaders)]).to(self.device)
+        order = torch.stack([dl.get_idxs() + i*len(dl.dataset) for i,dl in enumerate(self.loaders)])
+        order = order.to(self.device)
         if first.drop_last: order = order[:, :len(first)*first.bs]
         for o in order.split(first.bs, 1):
             yield tuple(t.unflatten(0, o.shape) for t in self.all.create_batch(o.flatten()))
@@ -116,19 +121,21 @@ class SeedsLoader(TfmdDL):
 class NotTogether(DglitError):
     "Why a training cannot stand beside others of its kind."
 
-ALONE = ('before_backward','before_step','after_cancel_step','after_step') # events within a step that are not called
+ALONE = ('before_backward','before_step','after_cancel_step','after_step') # events that are not called
 
 def check_together(
     learn # A Learner of one of the seeds
 ):
     "A `NotTogether` if a callback takes part in a step beyond the loss."
     for cb in methods_in(learn):
-        if any(hasattr(type(cb), o) for o in ALONE): raise NotTogether(f'{cb.name} takes part in the step itself')
+        if any(hasattr(type(cb), o) for o in ALONE):
+            raise NotTogether(f'{cb.name} takes part in the step itself')
 
 def reason_of(e:Exception):
     "What an error in the first step says, without fastai's lines above it."
-    lines = [o.strip() for o in str(e).splitlines() if o.strip() and not o.strip().startswith('Exception occured')]
-    return f'PyTorch says: {lines[0][:120]}' if lines else type(e).__name__
+    lines = [o.strip() for o in str(e).splitlines()]
+    lines = [o for o in lines if o and not o.startswith('Exception occured')]
+    return lines[0][:120] if lines else type(e).__name__
 
 # %% ../../nbs/foundations/36_together.ipynb #e8ce6fca
 class Together(Callback):
@@ -158,7 +165,7 @@ class Together(Callback):
         try: loss = self.take_step(self.xb, self.yb)
         finally: self.inside = False
         self.alive &= loss.isfinite()
-        self.smooth = torch.lerp(loss, torch.zeros_like(loss) + self.smooth, 0.98) # as fastai's Recorder has it
+        self.smooth = torch.lerp(loss, torch.zeros_like(loss) + self.smooth, 0.98) # as fastai's Recorder
         raise CancelBatchException
 
     def take_step(self, xb, yb):
@@ -166,12 +173,13 @@ class Together(Callback):
         state = {f'model.{k}': v for k,v in {**self.weights, **self.buffers}.items()}
         def f(state, *args): return functional_call(self.step, state, args)
         methods = methods_in(self.learn)
-        memory = [{k: v for k,v in kept_by(cb).items() if k in names} for cb,names in zip(methods, self.names)]
+        memory = [{k: v for k,v in kept_by(cb).items() if k in names}
+                  for cb,names in zip(methods, self.names)]
         before = None if self.train_iter else torch.get_rng_state()
         try: slope,loss,right,new = vmap(f, randomness='same')(state, self.which, memory, xb, yb)
         except Exception as e:
             if self.train_iter: raise
-            raise NotTogether(reason_of(e)) from e
+            raise NotTogether(f'PyTorch says: {reason_of(e)}') from e
         if before is not None: self.check_first_step(before)
         slope.sum().backward()
         self.opt.step(); self.opt.zero_grad()
@@ -182,7 +190,8 @@ class Together(Callback):
         return loss.detach()
 
     def check_first_step(self, random_state):
-        if not torch.equal(random_state, torch.get_rng_state()): raise NotTogether("PyTorch's own random numbers are drawn")
+        if not torch.equal(random_state, torch.get_rng_state()):
+            raise NotTogether("PyTorch's own random numbers are drawn")
         trained = {p for group in self.opt.param_lists for p in group}
         if trained != set(self.weights.values()): raise NotTogether('a network beside the model is trained')
 
@@ -198,7 +207,8 @@ class Together(Callback):
         try:
             if not alive: raise CancelFitException
             learn.model.load_state_dict({k: v[i] for k,v in {**self.weights, **self.buffers}.items()})
-            learn._do_epoch_train = lambda: learn._with_events(lambda: self.hand_over(i, learn), 'train', CancelTrainException)
+            def trained(): learn._with_events(lambda: self.hand_over(i, learn), 'train', CancelTrainException)
+            learn._do_epoch_train = trained
             learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
         except CancelFitException:
             learn('after_cancel_fit')
@@ -225,7 +235,7 @@ def lead_of(
 ): # A Learner
     "The Learner whose fit trains them all."
     lead = learner_of(spec, **given)
-    lead.remove_cbs([o for o in lead.cbs if isinstance(o, Recorder) or o.name in ('track_domains','terminate_on_na_n')])
+    lead.remove_cbs([o for o in lead.cbs if isinstance(o, (Recorder, StopAtNaN, TrackDomains))])
     lead.metrics,lead.side_by_side,lead.seed = [],True,side_by_side(lead, seeds)
     lead.dls.loaders[0] = SeedsLoader([o.dls.train for o in learners])
     lead.add_cb(Together(learners))
@@ -246,10 +256,34 @@ def run_seeds(
         check_together(learners[0])
         lead = lead_of(specs[0], learners, seeds, **given)
         with ExitStack() as quiet:
-            for o in (lead, *learners): quiet.enter_context(o.no_bar()); quiet.enter_context(o.no_logging())
+            for o in (lead, *learners):
+                for silent in (o.no_bar(), o.no_logging()): quiet.enter_context(silent)
             SCHEDULES[spec.recipe.schedule](lead, spec.recipe.epochs)
     except NotTogether as e:
-        if say: say(f'{spec.method}: one seed after another, as {e}')
+        if say: say(f'{spec.method}: one seed after another. {reason_of(e)}')
         return [run(o, **given) for o in specs]
     seconds = (perf_counter() - start)/len(seeds)
     return [record_of(learn, o, seconds) for learn,o in zip(learners, specs)]
+
+# %% ../../nbs/foundations/36_together.ipynb #94745a29
+def sweep_together(
+    specs:list, # What to run
+    folder, # Where the records are, and go
+    finished=None, # Called with (run, runs done or there, all runs) as each run ends
+    say=print, # Called with a sentence for what is out of the ordinary
+    most:int=16, # Seeds at a time
+    **given # What the datasets take besides
+) -> list: # The runs of all `specs`, those that were there already included
+    "As `sweep`, but in this program, the seeds of a description side by side."
+    folder = writable(folder, len(specs))
+    runs = {o: _finished(folder/record_name(o)) for o in specs}
+    missing,there = {},sum(r is not None for r in runs.values())
+    for o,r in runs.items():
+        if r is None: missing.setdefault(replace(o, seed=0), []).append(o.seed)
+    for spec,seeds in missing.items():
+        for i in range(0, len(seeds), most):
+            for r in run_seeds(spec, seeds[i:i+most], say, **given):
+                write_whole(folder/record_name(r.spec), r.to_json() + '\n')
+                runs[r.spec],there = r,there + 1
+                if finished: finished(r, there, len(specs))
+    return list(runs.values())

@@ -1,4 +1,5 @@
 "Building, measuring, selecting, saving, precision."
+from .diverged import StopAtNaN
 from .learner import domain_learner
 from .measuring import evaluate
 from .precision import BFloat16

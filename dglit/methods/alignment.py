@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 from ..core import DglitError
 from ..losses.feature_statistics import coral_penalty
 from .core import DomainMethod, LastFeatureMethod, SideNet
-from .head_gradients import environments_of
 
 # %% ../../nbs/family/13_alignment.ipynb #6ca3b50f
 class CORAL(LastFeatureMethod, DomainMethod):
@@ -23,7 +22,7 @@ class CORAL(LastFeatureMethod, DomainMethod):
     def after_pred(self):
         super().after_pred()
         self.need_several()
-    def term(self): return coral_penalty(self.features, *environments_of(self))
+    def term(self): return coral_penalty(self.features, *self.numbered())
 
 # %% ../../nbs/family/13_alignment.ipynb #50f03940
 def reverse_gradient(

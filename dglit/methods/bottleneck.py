@@ -14,7 +14,6 @@ from ..core import DglitError
 from ..losses.birm import birm_penalty
 from ..losses.feature_statistics import feature_variance
 from .core import LastFeatureMethod, step_generator
-from .head_gradients import environments_of
 from .irm import InvarianceMethod
 
 # %% ../../nbs/family/11_bottleneck_methods.ipynb #e1767542
@@ -59,5 +58,5 @@ class BIRM(InvarianceMethod):
 
     def term(self):
         rng = step_generator(self) if self.draws else None
-        return birm_penalty(self.pred, self.y, *environments_of(self), self.sigma, self.losses,
+        return birm_penalty(self.pred, self.y, *self.numbered(), self.sigma, self.losses,
                             self.nodes, self.draws, rng)

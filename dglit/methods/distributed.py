@@ -44,8 +44,9 @@ def whole_of(
     "What a method's term must see of all processes; a `DglitError` for what cannot be trained by several."
     each = [vars(c)['whole'] for c in type(method).__mro__ if 'whole' in vars(c)]
     if ranks() > 1 and None in each:
-        raise DglitError(f"{type(method).__name__} cannot be trained by {ranks()} processes: it draws random numbers for one batch, or predicts "
-                         "twice a step. Train it on one card, each of several seeds on its own")
+        raise DglitError(f"{type(method).__name__} cannot be trained by {ranks()} processes: it draws random "
+                         "numbers for one batch, or predicts twice a step. Train it on one card, "
+                         "each of several seeds on its own")
     return sorted({name for o in each if o for name in o})
 
 # %% ../../nbs/foundations/16_several_cards.ipynb #3be76290

@@ -44,17 +44,17 @@ def known_domains(
 # %% ../../nbs/foundations/14_domain_methods.ipynb #893d79c3
 class DomainMethod(Method):
     "A `Method` whose term may use `self.domain` [N], `self.losses(pred, y)` and `self.domain_risks()`."
-    train_domains,whole = None,('domain',)
+    known,whole = None,('domain',)
     def after_create(self): self.bring_taker()
     def before_fit(self):
         super().before_fit()
         self.bring_taker()
     def before_train(self):
         super().before_train()
-        self.train_domains = known_domains(self.dls.train)
+        self.known = known_domains(self.dls.train)
     def after_fit(self):
         super().after_fit()
-        self.train_domains = None
+        self.known = None
 
     def bring_taker(self):
         if any(isinstance(o, TakeDomain) for o in self.learn.cbs): return
@@ -82,13 +82,14 @@ class DomainMethod(Method):
     def need_several(self): # looked at in the first step of a fit, as a card is waited for
         begun = self.epoch + self.iter > 0 or getattr(self.learn, 'side_by_side', False)
         if begun or len(self.domain_ids) > 1: return
-        raise DglitError(f"{type(self).__name__} compares domains, and this batch of {len(self.domain)} is all "
-                         f"of domain {self.domain[0]}: mix them, as from_tensors(..., balanced=True) does")
+        n,name = len(self.domain),type(self).__name__
+        raise DglitError(f"{name} compares domains, and this batch of {n} is all of domain {self.domain[0]}: "
+                         "mix them, as from_tensors(..., balanced=True) does")
 
     def numbered(self) -> tuple: # (number of each example's domain, from 0: int64 [N]; of how many, E)
         "The batch's domains among those of the training data, or those present where the data do not tell."
-        if self.train_domains is not None:
-            return torch.searchsorted(self.train_domains, self.domain), len(self.train_domains)
+        if self.known is not None:
+            return torch.searchsorted(self.known, self.domain), len(self.known)
         ids,index = self.domain.unique(return_inverse=True)
         return index, len(ids)
 

@@ -98,7 +98,7 @@ class GroupDRO(DomainMethod):
         self.ids,self.log_q = met,log_q
 
     def term(self):
-        ids = self.train_domains
+        ids = self.known
         if ids is None: self.meet(self.domain_ids)
         elif self.log_q is None: self.ids,self.log_q = ids,torch.zeros_like(ids, dtype=torch.float32)
         index = torch.searchsorted(self.ids, self.domain)

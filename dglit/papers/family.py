@@ -77,7 +77,8 @@ LABELS = dict(irm='IRM', vrex='V-REx', fishr='Fishr', hessian='Hessian alignment
 
 # %% ../../nbs/family/21_rows.ipynb #26d00e74
 AC_CMNIST = dict(iberm=(50.24, .47), irm=(66.98, 1.65)) | {'ib-irm': (67.67, 1.78)}
-FAMILY_SEARCH = Table('family-search', 'The family on Colored MNIST, by validation', "IB-IRM's paper, Table 4",
+FAMILY_SEARCH = Table('family-search', 'The family on Colored MNIST, by validation',
+    "IB-IRM's paper, Table 4",
     tuple(family_row(k, LABELS[k], search, test=AC_CMNIST.get(k, ())) for k,search in SEARCHES.items()))
 
 # %% ../../nbs/family/21_rows.ipynb #bad27b52
