@@ -3,15 +3,22 @@ from fastai.callback.progress import ProgressCallback  # so that learn.no_bar() 
 
 from dglit.core import DataError, DglitError, set_seed
 from dglit.data.background_mnist import *
+from dglit.data.celeba import celeba
 from dglit.data.colored_mnist import *
+from dglit.data.compose import photo_digits
+from dglit.data.image_groups import group_table, image_groups
+from dglit.data.imagenet9 import background_gap, imagenet9
+from dglit.data.leave_one_out import pacs, vlcs
 from dglit.data.loaders import *
 from dglit.data.mnist import *
 from dglit.data.mnist_mp import *
 from dglit.data.more_colored_mnist import *
 from dglit.data.rotated_mnist import *
+from dglit.data.photo_loader import PhotoLoader, PhotoLoaders
 from dglit.data.structural_equations import *
 from dglit.data.two_clues import *
 from dglit.data.unit_tests import *
+from dglit.data.waterbirds import waterbirds
 from dglit.experiments.causal import *
 from dglit.experiments.latent import *
 from dglit.experiments.record import *
@@ -68,6 +75,7 @@ from dglit.methods.scl import *
 from dglit.methods.spectral_decoupling import *
 from dglit.methods.terms import *
 from dglit.methods.vib import *
+from dglit.models.backbone import *
 from dglit.models.convnet import *
 from dglit.models.mlp import *
 from dglit.models.transformation import *

@@ -88,7 +88,8 @@ def percent(
     return round(100*right.double().mean().item(), 4)
 
 def group_names(learn:Learner):
-    "The vocabulary of the domains in batches (x, y, domain) that fastai made; None for dglit's own loaders."
+    "What loaders call the domains 0, 1, ...: their `group_names`, or the vocabulary fastai made; else None."
+    if getattr(learn.dls, 'group_names', None): return learn.dls.group_names
     vocab = getattr(learn.dls, 'vocab', None) or []
     return vocab[1] if len(vocab) == 2 and isinstance(vocab[1], CategoryMap) else None
 
