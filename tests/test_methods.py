@@ -120,10 +120,12 @@ def test_the_optimizer_remembers_what_a_method_trains(few, name):
     for opt in OPTIMIZERS.values():
         learn = fit(learner(few, METHODS[name](), opt_func=opt))
         state, trained = getattr(learn.opt, 'opt', learn.opt).state, [learn.model, *side_nets(learn)]
-        memory = {id(p): {k: id(v) for k, v in state[p].items()} for m in trained for p in m.parameters() if p.grad is not None}
-        assert memory and all(memory.values())
+        def memory(): return {id(p): {k: id(v) for k, v in state[p].items()} for m in trained for p in m.parameters() if state.get(p)}
+        before = memory()
+        assert len(before) > .5*sum(len(list(m.parameters())) for m in trained) # RSC and the like may leave some without a gradient
+        assert all(state.get(p) for m in side_nets(learn) for p in m.parameters())
         with learn.no_bar(): learn.validate()
-        assert memory == {id(p): {k: id(v) for k, v in state[p].items()} for m in trained for p in m.parameters() if p.grad is not None}
+        assert memory() == before
 
 
 # Where a step may be interrupted: from before it has changed the weights to after

@@ -164,12 +164,12 @@ def test_rcl_with_fastai_callbacks(few, tmp_path):
 
 def test_validating_in_mid_training_disturbs_nothing(few):
     class Validates(Callback):
-        order = 55  # between the Recorder and the tracking
+        order = 70
         def after_epoch(self):
             if hasattr(self, 'busy'): return
             self.busy = True
             self.learn.validate(dl=self.dls.valid)
-            self.learn.get_preds(dl=self.dls.train, inner=True)
+            self.learn.get_preds(dl=self.dls.valid, inner=True)
             del self.busy
     quiet, noisy = learner_of(SHORT, digits=few), learner_of(SHORT, digits=few)
     noisy.add_cb(Validates())

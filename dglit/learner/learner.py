@@ -16,9 +16,9 @@ from ..core import DglitError
 from .tracking import TrackDomains, accuracy
 from ..methods.core import TakeDomain, first_batch
 
+# %% ../../nbs/foundations/22_learner.ipynb #29d810c9
 BCE = BCEWithLogitsLossFlat, nn.BCEWithLogitsLoss
 
-# %% ../../nbs/foundations/22_learner.ipynb #29d810c9
 def check_targets(
     dls, # `DataLoaders`
     loss_func # What a Learner on them is to minimize
