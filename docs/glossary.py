@@ -58,9 +58,9 @@ def prose(text):
 
 
 def explained(word, text):
-    "Is `word` expanded on the page, in brackets or emphasised, or part of a link?"
+    "Is `word` expanded on the page, in brackets or emphasised, cited, or part of a link?"
     w = re.escape(word)
-    return re.search(rf'[\w*\"”]\s\([^()]*\b{w}s?\b|\*{w}\*|\[[^\]]*\b{w}\b[^\]]*\]\(', text)
+    return re.search(rf'[\w*\"”]\s\([^()]*\b{w}s?\b|\*{w}\*|\b{w} \([A-Z][^()]*\d{{4}}|\[[^\]]*\b{w}\b[^\]]*\]\(', text)
 
 
 def introduced(letter, text):
