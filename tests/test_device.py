@@ -16,6 +16,8 @@ from dglit.core import set_seed
 from dglit.data.loaders import DomainLoaders
 from dglit.data.mnist import Digits
 from dglit.experiments.registry import DATASETS, METHODS, MODELS
+from dglit.experiments.run import run
+from dglit.experiments.spec import Spec
 from dglit.learner import BFloat16, domain_learner, evaluate, load_trained, save_trained
 from dglit.methods.core import TakeDomain
 
@@ -180,6 +182,14 @@ def test_models(name):
     x, model = torch.rand(4, 3, 32, 32), MODELS[name](3, 5, 32).requires_grad_(False)
     y = model(x)
     with a_card(): assert torch.equal(model.to(CARD)(x.to(CARD)).cpu(), y)
+
+
+def test_a_run_in_float32_is_in_float32(digits):
+    "No TF32 in a card's convolutions, and the setting is as it was afterwards."
+    few, seen = Digits(digits.x_train[:60], digits.y_train[:60], digits.x_test[:20], digits.y_test[:20]), []
+    before = torch.backends.cudnn.allow_tf32
+    run(Spec(model='mlp', epochs=1, hidden=[4], precision='fp32'), lambda o: seen.append(torch.backends.cudnn.allow_tf32), digits=few)
+    assert seen == [False] and torch.backends.cudnn.allow_tf32 == before
 
 
 # The card itself

@@ -24,7 +24,7 @@ from ..data.loaders import data_hash
 from .record import Run
 from .registry import LOSSES, SCHEDULES
 from .spec import Spec
-from ..learner import BFloat16, StopAtNaN, domain_learner
+from ..learner import BFloat16, StopAtNaN, domain_learner, true_float32
 
 # %% ../../nbs/foundations/30_run.ipynb #637e3336
 def precision_on(
@@ -101,7 +101,8 @@ def fit(
     start,epochs = time.perf_counter(), spec.recipe.epochs
     if learn.dls.device.type == 'cpu': keep_memory()
     cbs = [EachEpoch(each_epoch)] if each_epoch else []
-    with learn.no_bar(), learn.no_logging(): SCHEDULES[spec.recipe.schedule](learn, epochs, cbs=cbs)
+    with learn.no_bar(), learn.no_logging(), true_float32():
+        SCHEDULES[spec.recipe.schedule](learn, epochs, cbs=cbs)
     return record_of(learn, spec, time.perf_counter() - start)
 
 def record_of(

@@ -12,11 +12,11 @@ __all__ = ['ALONE', 'kept_by', 'each_of', 'Step', 'methods_in', 'side_by_side', 
 from contextlib import ExitStack
 from dataclasses import replace
 from time import perf_counter
+from types import SimpleNamespace
 
 import torch
 from fastai.callback.core import (Callback, CancelBatchException, CancelEpochException, CancelFitException,
                                   CancelTrainException, CancelValidException)
-from fastai.data.core import TfmdDL
 from fastai.learner import Recorder
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
@@ -27,7 +27,7 @@ from ..data.loaders import TensorLoader
 from .run import learner_of, record_of, run
 from .registry import SCHEDULES
 from .sweep import record_name, writable, _finished
-from ..learner import StopAtNaN, TrackDomains, is_right
+from ..learner import StopAtNaN, TrackDomains, is_right, true_float32
 from ..methods.core import Hooked
 
 # %% ../../nbs/foundations/36_together.ipynb #f0abcd9a
@@ -88,12 +88,17 @@ def side_by_side(
     return stream
 
 # %% ../../nbs/foundations/36_together.ipynb #ac7caf6d
-class SeedsLoader(TfmdDL):
+class SeedsLoader:
     "Batches of several loaders of one length, stacked: [S,N,...]."
     n_inp = 1
     def __init__(self, loaders):
-        self.loaders,self.device,self.dataset = loaders,loaders[0].device,loaders[0].dataset
-        self.one = self.all = None
+        self.loaders,self.one,self.all = loaders,None,None
+        domains = getattr(loaders[0].dataset, 'tensors', ())[2:] # what all seeds have, of their data
+        self.dataset = SimpleNamespace(tensors=(None, None, *domains))
+
+    def __getattr__(self, name):
+        if name in ('device','bs','low'): return getattr(self.loaders[0], name)
+        raise AttributeError(f'{name}: the seeds have loaders of their own')
 
     def __len__(self): return len(self.loaders[0])
     def __iter__(self):
@@ -255,7 +260,7 @@ def run_seeds(
     try:
         check_together(learners[0])
         lead = lead_of(specs[0], learners, seeds, **given)
-        with ExitStack() as quiet:
+        with ExitStack() as quiet, true_float32():
             for o in (lead, *learners):
                 for silent in (o.no_bar(), o.no_logging()): quiet.enter_context(silent)
             SCHEDULES[spec.recipe.schedule](lead, spec.recipe.epochs)
