@@ -7,7 +7,7 @@ Docs: https://dglit.github.io/dglit/foundations/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'DATA', 'MODEL', 'METHOD', 'SET', 'SEED', 'RULE', 'BY', 'FOR_ALL', 'RECORD', 'SEARCHED', 'REPORTED', 'LISTED',
            'FOLDER', 'OUT', 'JOBS', 'BACKEND', 'ADDRESS', 'value_of', 'settings_given', 'spec_given', 'demo',
-           'in_words', 'train', 'evaluate', 'reproduce', 'print_report', 'space_given', 'search', 'report',
+           'in_words', 'train', 'evaluate', 'tell_run', 'reproduce', 'print_report', 'space_given', 'search', 'report',
            'first_line', 'in_lines', 'of_part', 'of_table', 'list_', 'main']
 
 # %% ../nbs/foundations/40_cli.ipynb #486d36ef
@@ -140,6 +140,12 @@ def evaluate(
     print(evaluate(learn).to_string())
 
 # %% ../nbs/foundations/40_cli.ipynb #e40f9d32
+def tell_run(r, done, total):
+    "A run that has ended, on a line."
+    from dglit.experiments.sweep import label
+    print(f"{done} of {total}: {label(r.spec)}: {in_words(r.at('last')) or r.status}  ({r.seconds:.0f} s)",
+          flush=True)
+
 @app.command()
 def reproduce(
     table: Annotated[str, typer.Argument(help='See `dglit list`.')],
@@ -161,7 +167,7 @@ def reproduce(
     changes,runs,before = settings_given(set_, options_of((first.data, first.model))), [], None
     while before != (specs := specs_of(t, seeds, of, runs,
                                        **changes)): # what a search picks is known when it has run
-        if together: new = sweep_together(specs, out)
+        if together: new = sweep_together(specs, out, tell_run, jobs)
         else: new = sweep_with_progress(specs, out, jobs, backend=backend, address=address)
         before,runs = specs, list({r.spec: r for r in (*runs, *new)}.values())
         if any(r.status == 'failed' for r in runs): break

@@ -9,8 +9,10 @@ __all__ = ['ALONE', 'kept_by', 'each_of', 'Step', 'methods_in', 'side_by_side', 
            'reason_of', 'Together', 'lead_of', 'run_seeds', 'sweep_together']
 
 # %% ../../nbs/foundations/36_together.ipynb #afc28aff
+import traceback
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from types import SimpleNamespace
 
@@ -18,15 +20,17 @@ import torch
 from fastai.callback.core import (Callback, CancelBatchException, CancelEpochException, CancelFitException,
                                   CancelTrainException, CancelValidException)
 from fastai.learner import Recorder
+from joblib import cpu_count
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.data import TensorDataset
 
 from ..core import DglitError, draw, generator, write_whole
 from ..data.loaders import TensorLoader
-from .run import learner_of, record_of, run
+from .record import Run
+from .run import failed, learner_of, record_of, run
 from .registry import SCHEDULES
-from .sweep import record_name, writable, _finished
+from .sweep import record_name, workers, writable, _finished
 from ..learner import StopAtNaN, TrackDomains, is_right, true_float32
 from ..methods.core import Hooked
 
@@ -271,24 +275,34 @@ def run_seeds(
     return [record_of(learn, o, seconds) for learn,o in zip(learners, specs)]
 
 # %% ../../nbs/foundations/36_together.ipynb #94745a29
+def _run_group(specs, folder, threads, **given):
+    "The runs of one training's seeds, their records put into `folder`."
+    if threads: torch.set_num_threads(threads)
+    try: runs = run_seeds(specs[0], [o.seed for o in specs], print, **given)
+    except Exception: runs = [failed(o, traceback.format_exc()) for o in specs]
+    for r in runs: write_whole(folder/record_name(r.spec), r.to_json() + '\n')
+    return runs
+
 def sweep_together(
     specs:list, # What to run
     folder, # Where the records are, and go
     finished=None, # Called with (run, runs done or there, all runs) as each run ends
-    say=print, # Called with a sentence for what is out of the ordinary
-    most:int=16, # Seeds at a time
+    jobs:int=1, # Programs at a time
+    most:int=16, # Seeds in each, at most
     **given # What the datasets take besides
 ) -> list: # The runs of all `specs`, those that were there already included
-    "As `sweep`, but in this program, the seeds of a description side by side."
+    "As `sweep`, the seeds of a description side by side in one program."
     folder = writable(folder, len(specs))
     runs = {o: _finished(folder/record_name(o)) for o in specs}
     missing,there = {},sum(r is not None for r in runs.values())
     for o,r in runs.items():
-        if r is None: missing.setdefault(replace(o, seed=0), []).append(o.seed)
-    for spec,seeds in missing.items():
-        for i in range(0, len(seeds), most):
-            for r in run_seeds(spec, seeds[i:i+most], say, **given):
-                write_whole(folder/record_name(r.spec), r.to_json() + '\n')
+        if r is None: missing.setdefault(replace(o, seed=0), []).append(o)
+    groups = [tuple(g[i:i+most]) for g in missing.values() for i in range(0, len(g), most)]
+    threads = max(1, cpu_count()//jobs) if jobs > 1 else 0 # 0: as they are
+    with workers(jobs=jobs) as each:
+        for group,new in each(partial(_run_group, **given), groups, folder, threads):
+            if isinstance(new, Run): new = [failed(o, new.error) for o in group] # its worker died
+            for r in new:
                 runs[r.spec],there = r,there + 1
                 if finished: finished(r, there, len(specs))
     return list(runs.values())

@@ -43,6 +43,6 @@ class TransformationNetwork(nn.Module):
     def forward(self,
         x:Tensor # Images [N,c_in,H,W], sides of 2**depth pixels or more
     ) -> Tensor: # Masks [N,1,H,W] in (0,1), in float32 at least
-        m = self.layers(x.contiguous(memory_format=torch.channels_last))
+        m = self.layers(x)
         if m.shape[-2:] != x.shape[-2:]: m = nn.functional.interpolate(m, x.shape[-2:], mode='bilinear')
         return at_least_float32(m).sigmoid()
