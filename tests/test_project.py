@@ -61,16 +61,13 @@ def test_notebook_reads_well(nb):
     for c in cells(nb):
         s = ''.join(c['source'])
         if c['cell_type'] != 'code': continue
-        if '#| export' in s: assert len(s.splitlines()) <= (90 if nb.stem == '36_together' else 70), s
+        if '#| export' in s: assert len(s.splitlines()) <= 45, s
         alone = {isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.parse(s).body}
         assert len(alone) < 2, f'imports in a cell of their own, as nbdev runs their cells when it renders: {s}'
         assert alone != {False} or '_all_' in s or not s.startswith('#| export\n'), f'exports, so that the page shows the code: {s}'
 
 
-LONG = {'foundations/36_together.ipynb'} # pages not yet converted: the list only shrinks
-
-
-@pytest.mark.parametrize('nb', [o for o, page in zip(NBS, PAGES) if page not in LONG], ids=lambda o: o.relative_to(ROOT/'nbs').as_posix())
+@pytest.mark.parametrize('nb', NBS, ids=PAGES)
 def test_lines(nb):
     "At most 110 columns, so that nothing is cut off; of exported modules too, which are the pages' code."
     for line in '\n'.join(source(nb)).splitlines(): assert len(line) <= 110 or line.startswith('#|'), f'{len(line)} columns: {line}'

@@ -22,6 +22,7 @@ from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 
+# %% ../../nbs/foundations/27_registry.ipynb #d1dc4e58
 from ..core import DglitError, choose
 from ..data.background_mnist import background_mnist
 from ..data.colored_mnist import colored_mnist

@@ -9,10 +9,8 @@ __all__ = ['ALONE', 'kept_by', 'each_of', 'Step', 'methods_in', 'side_by_side', 
            'reason_of', 'Together', 'lead_of', 'run_seeds', 'sweep_together']
 
 # %% ../../nbs/foundations/36_together.ipynb #afc28aff
-import traceback
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from time import perf_counter
 from types import SimpleNamespace
 
@@ -20,17 +18,16 @@ import torch
 from fastai.callback.core import (Callback, CancelBatchException, CancelEpochException, CancelFitException,
                                   CancelTrainException, CancelValidException)
 from fastai.learner import Recorder
-from joblib import cpu_count
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.data import TensorDataset
 
 from ..core import DglitError, draw, generator, write_whole
 from ..data.loaders import TensorLoader
-from .record import Run
-from .run import failed, learner_of, record_of, run
+from .run import learner_of, record_of, run
 from .registry import SCHEDULES
-from .sweep import record_name, workers, writable, _finished
+from .sweep import record_name, writable, _finished
 from ..learner import StopAtNaN, TrackDomains, is_right, true_float32
 from ..methods.core import Hooked
 
@@ -177,63 +174,71 @@ class Together(Callback):
         self.smooth = torch.lerp(loss, torch.zeros_like(loss) + self.smooth, 0.98) # as fastai's Recorder
         raise CancelBatchException
 
-    def take_step(self, xb, yb):
-        "Forward, backward and the optimizer's step of all seeds; their losses."
-        state = {f'model.{k}': v for k,v in {**self.weights, **self.buffers}.items()}
-        def f(state, *args): return functional_call(self.step, state, args)
-        methods = methods_in(self.learn)
-        memory = [{k: v for k,v in kept_by(cb).items() if k in names}
-                  for cb,names in zip(methods, self.names)]
-        before = None if self.train_iter else torch.get_rng_state()
-        try: slope,loss,right,new = vmap(f, randomness='same')(state, self.which, memory, xb, yb)
-        except Exception as e:
-            if self.train_iter: raise
-            raise NotTogether(f'PyTorch says: {reason_of(e)}') from e
-        if before is not None: self.check_first_step(before)
-        slope.sum().backward()
-        self.opt.step(); self.opt.zero_grad()
-        for cb,o,names in zip(methods, new, self.names):
-            names.update(o)
-            vars(cb).update(each_of(Tensor.detach, o))
-        if self.learners[0].track_domains.due(self.epoch): self.right.append(right)
-        return loss.detach()
+# %% ../../nbs/foundations/36_together.ipynb #77925774
+@patch
+def take_step(self:Together, xb, yb):
+    "Forward, backward and the optimizer's step of all seeds; their losses."
+    state = {f'model.{k}': v for k,v in {**self.weights, **self.buffers}.items()}
+    def f(state, *args): return functional_call(self.step, state, args)
+    methods = methods_in(self.learn)
+    memory = [{k: v for k,v in kept_by(cb).items() if k in names}
+              for cb,names in zip(methods, self.names)]
+    before = None if self.train_iter else torch.get_rng_state()
+    try: slope,loss,right,new = vmap(f, randomness='same')(state, self.which, memory, xb, yb)
+    except Exception as e:
+        if self.train_iter: raise
+        raise NotTogether(f'PyTorch says: {reason_of(e)}') from e
+    if before is not None: self.check_first_step(before)
+    slope.sum().backward()
+    self.opt.step(); self.opt.zero_grad()
+    for cb,o,names in zip(methods, new, self.names):
+        names.update(o)
+        vars(cb).update(each_of(Tensor.detach, o))
+    if self.learners[0].track_domains.due(self.epoch): self.right.append(right)
+    return loss.detach()
 
-    def check_first_step(self, random_state):
-        if not torch.equal(random_state, torch.get_rng_state()):
-            raise NotTogether("PyTorch's own random numbers are drawn")
-        trained = {p for group in self.opt.param_lists for p in group}
-        if trained != set(self.weights.values()): raise NotTogether('a network beside the model is trained')
+@patch
+def check_first_step(self:Together, random_state):
+    if not torch.equal(random_state, torch.get_rng_state()):
+        raise NotTogether("PyTorch's own random numbers are drawn")
+    trained = {p for group in self.opt.param_lists for p in group}
+    if trained != set(self.weights.values()): raise NotTogether('a network beside the model is trained')
 
-    def before_validate(self):
-        if self.learners[0].track_domains.due(self.epoch):
-            alive = self.alive.tolist()
-            for i in sorted(self.left): self.measure(i, self.learners[i], alive[i])
-        raise CancelValidException
+# %% ../../nbs/foundations/36_together.ipynb #fad27cd6
+@patch
+def before_validate(self:Together):
+    if self.learners[0].track_domains.due(self.epoch):
+        alive = self.alive.tolist()
+        for i in sorted(self.left): self.measure(i, self.learners[i], alive[i])
+    raise CancelValidException
 
-    def measure(self, i, learn, alive):
-        "One seed's epoch, as its own Learner has it, with the training done."
-        learn.epoch = self.epoch
-        try:
-            if not alive: raise CancelFitException
-            learn.model.load_state_dict({k: v[i] for k,v in {**self.weights, **self.buffers}.items()})
-            def trained(): learn._with_events(lambda: self.hand_over(i, learn), 'train', CancelTrainException)
-            learn._do_epoch_train = trained
-            learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
-        except CancelFitException:
-            learn('after_cancel_fit')
-            self.left.remove(i)
+@patch
+def measure(self:Together, i, learn, alive):
+    "One seed's epoch, as its own Learner has it, with the training done."
+    learn.epoch = self.epoch
+    try:
+        if not alive: raise CancelFitException
+        learn.model.load_state_dict({k: v[i] for k,v in {**self.weights, **self.buffers}.items()})
+        def trained(): learn._with_events(lambda: self.hand_over(i, learn), 'train', CancelTrainException)
+        learn._do_epoch_train = trained
+        learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
+    except CancelFitException:
+        learn('after_cancel_fit')
+        self.left.remove(i)
 
-    def hand_over(self, i, learn):
-        "What one seed's callbacks would have seen of the epoch."
-        loss = learn.recorder.smooth_loss
-        loss.val,loss.count = self.smooth[i].cpu(),self.train_iter
-        learn.track_domains.train_right = [o[i] for o in self.right]
-        for mine,its,names in zip(methods_in(self.learn), methods_in(learn), self.names):
-            vars(its).update(each_of(lambda v: v[i], {k: v for k,v in kept_by(mine).items() if k in names}))
-            if hasattr(mine, 'count'): its.count = mine.count
+@patch
+def hand_over(self:Together, i, learn):
+    "What one seed's callbacks would have seen of the epoch."
+    loss = learn.recorder.smooth_loss
+    loss.val,loss.count = self.smooth[i].cpu(),self.train_iter
+    learn.track_domains.train_right = [o[i] for o in self.right]
+    for mine,its,names in zip(methods_in(self.learn), methods_in(learn), self.names):
+        vars(its).update(each_of(lambda v: v[i], {k: v for k,v in kept_by(mine).items() if k in names}))
+        if hasattr(mine, 'count'): its.count = mine.count
 
-    def after_fit(self):
-        for o in self.learners: o('after_fit')
+@patch
+def after_fit(self:Together):
+    for o in self.learners: o('after_fit')
 
 # %% ../../nbs/foundations/36_together.ipynb #a746a2e0
 def lead_of(

@@ -14,7 +14,7 @@ import torch
 from fastai.callback.core import Callback, CancelValidException
 from fastai.data.transforms import CategoryMap
 from fastai.learner import Learner
-from fastcore.basics import noop
+from fastcore.basics import noop, patch
 from torch import Tensor
 
 from ..core import DglitError
@@ -143,30 +143,34 @@ class TrackDomains(Answers):
         if self.training and self.due(self.epoch): self.train_right.append(is_right(self.pred, *self.yb))
         if not self.training and self.own: self.look()
 
-    def after_epoch(self):
-        epoch = self.begun.pop()
-        if not self.due(epoch): return
-        logged = dict(zip(self.recorder.metric_names[1:-1], map(float, self.recorder.values[-1])))
-        if 'valid_loss' not in logged: return # validation was cancelled, as lr_find does
-        self.curve.append(self.measured(epoch, logged))
-        if self.selected == len(self.curve)-1: self.weights = deepcopy(self.model.state_dict())
-        if epoch == self.n_epoch-1: self.after_cancel_fit()
-
-    def measured(self, epoch, logged):
-        "A line of the curve: losses, what else the Recorder logged, and accuracies."
-        losses,_ = [(k, logged.pop(k)) for k in ('train_loss','valid_loss')], logged.pop('accuracy', None)
-        domains = torch.cat(self.domains) if self.domains else None
-        train = dict(train=percent(torch.cat(self.train_right)))
-        valid = {k: percent(v) for k,v in by_group('valid', torch.cat(self.right), domains,
-                                                   group_names(self.learn)).items()}
-        tests = {k: percent(v) for name,dl in getattr(self.dls, 'tests', {}).items()
-                 for k,v in answers_on(self.learn, name, dl, inner=True).items()}
-        self.domains_measured = [*train, *valid, *tests]
-        return dict(epoch=epoch, **dict(losses), **train, **valid, **logged, **tests)
-
-    def after_cancel_fit(self):
-        if self.weights: self.model.load_state_dict(self.weights)
-        self.weights = None
-
     @property
     def selected(self): return select_epoch(self.curve, self.rule)
+
+# %% ../../nbs/foundations/21_tracking.ipynb #af2d6b6f
+@patch
+def after_epoch(self:TrackDomains):
+    epoch = self.begun.pop()
+    if not self.due(epoch): return
+    logged = dict(zip(self.recorder.metric_names[1:-1], map(float, self.recorder.values[-1])))
+    if 'valid_loss' not in logged: return # validation was cancelled, as lr_find does
+    self.curve.append(self.measured(epoch, logged))
+    if self.selected == len(self.curve)-1: self.weights = deepcopy(self.model.state_dict())
+    if epoch == self.n_epoch-1: self.after_cancel_fit()
+
+@patch
+def measured(self:TrackDomains, epoch, logged):
+    "A line of the curve: losses, what else the Recorder logged, and accuracies."
+    losses,_ = [(k, logged.pop(k)) for k in ('train_loss','valid_loss')], logged.pop('accuracy', None)
+    domains = torch.cat(self.domains) if self.domains else None
+    train = dict(train=percent(torch.cat(self.train_right)))
+    valid = {k: percent(v) for k,v in by_group('valid', torch.cat(self.right), domains,
+                                               group_names(self.learn)).items()}
+    tests = {k: percent(v) for name,dl in getattr(self.dls, 'tests', {}).items()
+             for k,v in answers_on(self.learn, name, dl, inner=True).items()}
+    self.domains_measured = [*train, *valid, *tests]
+    return dict(epoch=epoch, **dict(losses), **train, **valid, **logged, **tests)
+
+@patch
+def after_cancel_fit(self:TrackDomains):
+    if self.weights: self.model.load_state_dict(self.weights)
+    self.weights = None

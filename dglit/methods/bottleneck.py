@@ -8,18 +8,20 @@ Docs: https://dglit.github.io/dglit/family/bottleneck_methods.html.md"""
 __all__ = ['IBERM', 'BIRM']
 
 # %% ../../nbs/family/11_bottleneck_methods.ipynb #54d8e293
+import torch
 from torch import nn
 
 from ..core import DglitError
 from ..losses.birm import birm_penalty
 from ..losses.feature_statistics import feature_variance
 from .core import LastFeatureMethod, step_generator
+from .domains import known_domains
 from .irm import InvarianceMethod
 
 # %% ../../nbs/family/11_bottleneck_methods.ipynb #e1767542
 class IBERM(LastFeatureMethod):
     "The information bottleneck: little variance of the features (Ahuja et al., 2021)."
-    whole = ('domain',)
+    known,whole = None,('domain',)
     def __init__(self,
         weight:float=.1, # Weight of the variance from `anneal_steps` on: a number, or a fastai schedule
         anneal_steps:int=0, # Steps of a fit before that, with weight 0
@@ -28,6 +30,10 @@ class IBERM(LastFeatureMethod):
     ):
         super().__init__(weight, module)
         self.anneal_steps,self.by_domain = anneal_steps,by_domain
+
+    def before_train(self):
+        super().before_train()
+        self.known = known_domains(self.dls.train)
 
     def weight_now(self):
         begun = self.epoch*self.n_iter + self.iter >= self.anneal_steps
@@ -38,8 +44,8 @@ class IBERM(LastFeatureMethod):
         if getattr(self.learn, 'domain', None) is None:
             raise DglitError("IBERM(by_domain=True) needs batches (x, y, domain): leave by_domain out, "
                              "or give each example the number of its domain")
-        ids,index = self.domain.unique(return_inverse=True)
-        return feature_variance(self.features, index, len(ids))
+        known = self.domain.unique() if self.known is None else self.known
+        return feature_variance(self.features, torch.searchsorted(known, self.domain), len(known))
 
 # %% ../../nbs/family/11_bottleneck_methods.ipynb #81c4c0ea
 class BIRM(InvarianceMethod):

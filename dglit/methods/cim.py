@@ -11,7 +11,7 @@ __all__ = ['TRIPLET_SOURCES', 'CIM_VARIANTS', 'labels_of', 'images_of', 'triplet
 import torch
 from fastai.callback.hook import hook_output
 from fastai.torch_core import to_device
-from fastcore.basics import noop, store_attr
+from fastcore.basics import noop, patch, store_attr
 from torch import Tensor, nn
 
 from ..core import DglitError, choose
@@ -103,21 +103,25 @@ class CIM(ModelMethod, FeatureMethod):
         return self.model.front
 
     def make_hook(self): return hook_output(self.added, detach=False) # the batch as it is masked
-    def measure(self, x, y):
-        if self.variant == 'gram': return inner_product(x, y)
-        return ms_ssim(x, y, self.win_size, self.levels, floor=.01)
-
-    def term(self):
-        x,masked = self.x.as_subclass(Tensor),self.features
-        low,high = x.min().clamp(max=0), x.max()
-        with torch.set_grad_enabled(self.weight_now() != 0): # the mask alone is measured, no more
-            of_what = (masked, self.added) if self.variant == 'feature' else (x,)
-            positives,negatives,have = triplets_of(self, *of_what)
-            scaled = ((o - low)/(high - low).clamp(min=1e-6) for o in (masked, positives, negatives))
-            plus,minus = triplet_similarity(*scaled, have, self.measure)
-        self.log(plus=plus, minus=minus)
-        return cim_loss(plus, minus, self.terms, self.sign)
 
     def after_fit(self):
         super().after_fit()
         self.pool = None
+
+# %% ../../nbs/cim/05_cim.ipynb #78bbe9ee
+@patch
+def measure(self:CIM, x, y):
+    if self.variant == 'gram': return inner_product(x, y)
+    return ms_ssim(x, y, self.win_size, self.levels, floor=.01)
+
+@patch
+def term(self:CIM):
+    x,masked = self.x.as_subclass(Tensor),self.features
+    low,high = x.min().clamp(max=0), x.max()
+    with torch.set_grad_enabled(self.weight_now() != 0): # the mask alone is measured, no more
+        of_what = (masked, self.added) if self.variant == 'feature' else (x,)
+        positives,negatives,have = triplets_of(self, *of_what)
+        scaled = ((o - low)/(high - low).clamp(min=1e-6) for o in (masked, positives, negatives))
+        plus,minus = triplet_similarity(*scaled, have, self.measure)
+    self.log(plus=plus, minus=minus)
+    return cim_loss(plus, minus, self.terms, self.sign)

@@ -12,6 +12,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.layers import NoneReduce
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import DglitError
@@ -67,44 +68,51 @@ class DomainMethod(Method):
             raise DglitError(f"{type(self).__name__} needs batches (x, y, domain), these are (x, y): "
                              "give each example the number of its domain, as colored_mnist does")
 
-    def losses(self, pred:Tensor, y:Tensor) -> Tensor: # [N]
-        "The loss of each example, in float32; class weights multiply it, and are not divided out."
-        loss_func,name = self.loss_func,type(self).__name__
-        if isinstance(getattr(loss_func, '__self__', None), MixHandler):
-            raise DglitError(f"{name} needs the loss of each example, and {loss_func.__self__} "
-                             "mixes examples, of different domains too: leave it out")
-        try:
-            with NoneReduce(loss_func) as each: return each(pred.float(), y).view(len(pred), -1).mean(1)
-        except TypeError as e:
-            raise DglitError(f"{name} needs the loss of each example, and {loss_func} takes no "
-                             "reduction='none': give a loss that does") from e
-
-    def need_several(self): # looked at in the first step of a fit, as a card is waited for
-        begun = self.epoch + self.iter > 0 or getattr(self.learn, 'side_by_side', False)
-        if begun or len(self.domain_ids) > 1: return
-        n,name = len(self.domain),type(self).__name__
-        raise DglitError(f"{name} compares domains, and this batch of {n} is all of domain {self.domain[0]}: "
-                         "mix them, as from_tensors(..., balanced=True) does")
-
-    def numbered(self) -> tuple: # (number of each example's domain, from 0: int64 [N]; of how many, E)
-        "The batch's domains among those of the training data, or those present where the data do not tell."
-        if self.known is not None:
-            return torch.searchsorted(self.known, self.domain), len(self.known)
-        ids,index = self.domain.unique(return_inverse=True)
-        return index, len(ids)
-
-    def mean_by_domain(self,
-        values:Tensor # Of each example [N]
-    ) -> tuple: # (means [E], numbers of examples [E]), both 0 for a domain that is not present
-        "The mean in each domain that `numbered` counts."
-        return domain_means(values, *self.numbered())
-
-    def domain_risks(self) -> Tensor: # [E], in the order of `self.domain_ids`
-        "The mean loss of each domain that is present."
-        means,n = self.mean_by_domain(self.losses(self.pred, self.y))
-        return means[n > 0]
-
     @property
     def domain_ids(self): return self.domain.unique()
     @property
     def domain_index(self): return self.domain.unique(return_inverse=True)[1]
+
+# %% ../../nbs/foundations/14_domain_methods.ipynb #01c2ddf0
+@patch
+def losses(self:DomainMethod, pred:Tensor, y:Tensor) -> Tensor: # [N]
+    "The loss of each example, in float32; class weights multiply it, and are not divided out."
+    loss_func,name = self.loss_func,type(self).__name__
+    if isinstance(getattr(loss_func, '__self__', None), MixHandler):
+        raise DglitError(f"{name} needs the loss of each example, and {loss_func.__self__} "
+                         "mixes examples, of different domains too: leave it out")
+    try:
+        with NoneReduce(loss_func) as each: return each(pred.float(), y).view(len(pred), -1).mean(1)
+    except TypeError as e:
+        raise DglitError(f"{name} needs the loss of each example, and {loss_func} takes no "
+                         "reduction='none': give a loss that does") from e
+
+@patch
+def need_several(self:DomainMethod): # looked at in the first step of a fit, as a card is waited for
+    begun = self.epoch + self.iter > 0 or getattr(self.learn, 'side_by_side', False)
+    if begun or len(self.domain_ids) > 1: return
+    n,name = len(self.domain),type(self).__name__
+    raise DglitError(f"{name} compares domains, and this batch of {n} is all of domain {self.domain[0]}: "
+                     "mix them, as from_tensors(..., balanced=True) does")
+
+# %% ../../nbs/foundations/14_domain_methods.ipynb #82b340b4
+@patch
+def numbered(self:DomainMethod) -> tuple: # (number of each example's domain: int64 [N]; of how many, E)
+    "The batch's domains among those of the training data, or those present where the data do not tell."
+    if self.known is not None:
+        return torch.searchsorted(self.known, self.domain), len(self.known)
+    ids,index = self.domain.unique(return_inverse=True)
+    return index, len(ids)
+
+@patch
+def mean_by_domain(self:DomainMethod,
+    values:Tensor # Of each example [N]
+) -> tuple: # (means [E], numbers of examples [E]), both 0 for a domain that is not present
+    "The mean in each domain that `numbered` counts."
+    return domain_means(values, *self.numbered())
+
+@patch
+def domain_risks(self:DomainMethod) -> Tensor: # [E], in the order of `self.domain_ids`
+    "The mean loss of each domain that is present."
+    means,n = self.mean_by_domain(self.losses(self.pred, self.y))
+    return means[n > 0]

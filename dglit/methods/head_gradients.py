@@ -41,7 +41,8 @@ class HeadMethod(LastFeatureMethod, InvarianceMethod):
     def head(self): # what a penalty takes
         return self.pred, self.labels, self.features, *self.numbered()
     def after_loss(self):
-        if self.epoch == 0 and self.iter == 0: self.check_loss()
+        first = self.epoch == 0 and self.iter == 0
+        if first and not getattr(self.learn, 'side_by_side', False): self.check_loss()
         super().after_loss()
 
     def check_loss(self):

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
+from fastcore.basics import patch
 
 from ..core import DglitError
 from .core import Hooked, SideNet
@@ -83,29 +84,32 @@ class SAM(Hooked):
             self.opt.zero_grad()
             self.another_pass()
 
-    def another_pass(self):
-        for cb in self.learn.cbs.sorted('order'):
-            if isinstance(cb, (Hooked, MixedPrecision)) and cb is not self: cb('before_batch')
-        self.learn.pred = self.model(*self.xb)
-        self.learn('after_pred')
-        self.learn.loss_grad = self.loss_func(self.pred, *self.yb)
-        self.learn.loss = self.loss_grad.clone()
-        self.learn('after_loss')
-        self.loss_grad.backward()
+# %% ../../nbs/family/01_sam.ipynb #0c6447af
+@patch
+def another_pass(self:SAM):
+    for cb in self.learn.cbs.sorted('order'):
+        if isinstance(cb, (Hooked, MixedPrecision)) and cb is not self: cb('before_batch')
+    self.learn.pred = self.model(*self.xb)
+    self.learn('after_pred')
+    self.learn.loss_grad = self.loss_func(self.pred, *self.yb)
+    self.learn.loss = self.loss_grad.clone()
+    self.learn('after_loss')
+    self.loss_grad.backward()
 
-    @contextmanager
-    def as_before(self):
-        "Random numbers and running means of the first pass; afterwards all is as the first pass left it."
-        device = next(self.model.parameters()).device
-        nets = [self.model, *(o.net for o in self.learn.cbs if isinstance(o, SideNet))]
-        first,after = (self.pred, self.loss, self.loss_grad),_random_states(device)
-        counted = snapshot(b for net in nets for b in net.buffers())
-        _set_random_states(self.random, device)
-        put_back(self.buffers)
-        self.learn.second_pass = True
-        try: yield
-        finally:
-            self.learn.second_pass,self.random,self.buffers = False,None,[]
-            self.learn.pred,self.learn.loss,self.learn.loss_grad = first
-            _set_random_states(after, device)
-            put_back(counted)
+@patch
+@contextmanager
+def as_before(self:SAM):
+    "Random numbers and running means of the first pass; afterwards all is as the first pass left it."
+    device = next(self.model.parameters()).device
+    nets = [self.model, *(o.net for o in self.learn.cbs if isinstance(o, SideNet))]
+    first,after = (self.pred, self.loss, self.loss_grad),_random_states(device)
+    counted = snapshot(b for net in nets for b in net.buffers())
+    _set_random_states(self.random, device)
+    put_back(self.buffers)
+    self.learn.second_pass = True
+    try: yield
+    finally:
+        self.learn.second_pass,self.random,self.buffers = False,None,[]
+        self.learn.pred,self.learn.loss,self.learn.loss_grad = first
+        _set_random_states(after, device)
+        put_back(counted)
