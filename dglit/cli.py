@@ -148,7 +148,7 @@ def tell_run(r, done, total):
 
 @app.command()
 def reproduce(
-    table: Annotated[str, typer.Argument(help='See `dglit list`.')],
+    table: Annotated[list[str], typer.Argument(help='See `dglit list`; several run as one.')],
     out: OUT = 'runs', seeds: Annotated[int, typer.Option(help='Runs of each row.', min=1)] = 10,
     jobs: JOBS = 1,
     rows: Annotated[str, typer.Option(help='Names of rows, separated by commas; none: all.')] = '',
@@ -162,16 +162,18 @@ def reproduce(
     from dglit.experiments.tables import specs_of
     from dglit.experiments.together import sweep_together
     from dglit.papers import TABLES
-    t,of = choose(table, TABLES, 'table'), rows.split(',') if rows else None
-    first = specs_of(t, 1, of)[0]
+    tables,of = [choose(o, TABLES, 'table') for o in table], rows.split(',') if rows else None
+    first = specs_of(tables[0], 1, of)[0]
     changes,runs,before = settings_given(set_, options_of((first.data, first.model))), [], None
-    while before != (specs := specs_of(t, seeds, of, runs,
-                                       **changes)): # what a search picks is known when it has run
-        if together: new = sweep_together(specs, out, tell_run, jobs)
-        else: new = sweep_with_progress(specs, out, jobs, backend=backend, address=address)
+    def needed(): # what a search picks is known when it has run
+        return list(dict.fromkeys(s for t in tables for s in specs_of(t, seeds, of, runs, **changes)))
+    while before != (specs := needed()):
+        failed = {r.spec for r in runs if r.status == 'failed'} # tried once in a call
+        left = [s for s in specs if s not in failed]
+        if together: new = sweep_together(left, out, tell_run, jobs)
+        else: new = sweep_with_progress(left, out, jobs, backend=backend, address=address)
         before,runs = specs, list({r.spec: r for r in (*runs, *new)}.values())
-        if any(r.status == 'failed' for r in runs): break
-    print_report(t, runs, out)
+    for t in tables: print_report(t, runs, out)
     if any(r.status == 'failed' for r in runs): sys.exit(1)
 
 # %% ../nbs/foundations/40_cli.ipynb #ad71c3bf

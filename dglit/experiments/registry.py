@@ -6,7 +6,7 @@ Docs: https://dglit.github.io/dglit/foundations/registry.html.md"""
 
 # %% auto #0
 __all__ = ['DATASETS', 'MODELS', 'METHODS', 'LOSSES', 'OPTIMIZERS', 'SCHEDULES', 'PRECISIONS', 'REGISTRIES', 'GIVEN', 'KINDS',
-           'kinds_of', 'settings_of', 'as_kind', 'as_one_of', 'needed', 'as_setting']
+           'fit_tenths', 'kinds_of', 'settings_of', 'as_kind', 'as_one_of', 'needed', 'as_setting']
 
 # %% ../../nbs/foundations/27_registry.ipynb #413b065e
 import numbers
@@ -16,8 +16,8 @@ from math import isfinite
 from types import NoneType, UnionType
 from typing import Union, get_args, get_origin
 
-import fastai.callback.schedule # fit_flat_cos
 import torch
+from fastai.callback.schedule import ParamScheduler # and fit_flat_cos, of a Learner
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
@@ -56,7 +56,7 @@ from ..methods.scl import SCL
 from ..methods.spectral_decoupling import SpectralDecoupling
 from ..methods.vib import VIB
 from ..models.backbone import Backbone
-from ..models.convnet import ConvNet
+from ..models.convnet import ConvNet, NormalizedConvNet
 from ..models.mlp import MLP
 
 # %% ../../nbs/foundations/27_registry.ipynb #c1d0d3f1
@@ -67,7 +67,7 @@ DATASETS = dict(mnist_mp=mnist_mp, mnist_up=mnist_up, mnist_plain=mnist_plain, c
                 waterbirds=waterbirds, celeba=celeba, vlcs=vlcs, pacs=pacs, imagenet9=imagenet9)
 
 # %% ../../nbs/foundations/27_registry.ipynb #51d5f2ea
-MODELS = dict(convnet=ConvNet, mlp=MLP, backbone=Backbone)
+MODELS = dict(convnet=ConvNet, normalized_convnet=NormalizedConvNet, mlp=MLP, backbone=Backbone)
 
 # %% ../../nbs/foundations/27_registry.ipynb #df458fb7
 METHODS = dict(erm=None, rcl=RCL, dropout=ChannelDropout, orthogonality=DoubleSoftOrthogonality, decov=DeCov,
@@ -76,13 +76,23 @@ METHODS = dict(erm=None, rcl=RCL, dropout=ChannelDropout, orthogonality=DoubleSo
                hessian=HessianAlignment, iga=IGA, iberm=IBERM, birm=BIRM, pair=PAIR, coral=CORAL, dann=DANN,
                edges=EdgeLoss, mixstyle=MixStyle) # erm: plain training
 
+# %% ../../nbs/foundations/27_registry.ipynb #978c3ca7
+def fit_tenths(
+    at:tuple # Shares of the fit after each of which the learning rate is a tenth
+): # A function like `Learner.fit`
+    "A learning rate in steps."
+    def fit(learn, n_epoch, cbs=()):
+        def lr(done): return learn.lr*.1**sum(done > o - 1e-6 for o in at)
+        return learn.fit(n_epoch, cbs=[*cbs, ParamScheduler({'lr': lr})])
+    return fit
+
 # %% ../../nbs/foundations/27_registry.ipynb #a4de0ea2
 LOSSES = dict(cross_entropy=CrossEntropyLossFlat,
               binary_cross_entropy=BCEWithLogitsLossFlat) # this: one output
 OPTIMIZERS = dict(sgd=partial(OptimWrapper, opt=torch.optim.SGD, fused=True),
                   adam=partial(OptimWrapper, opt=torch.optim.Adam, fused=True))
-SCHEDULES = dict(flat=Learner.fit, flat_cos=partial(Learner.fit_flat_cos,
-                                                    pct_start=.5)) # half flat, then a cosine to 0
+SCHEDULES = dict(flat=Learner.fit, flat_cos=partial(Learner.fit_flat_cos, pct_start=.5), # then a cosine to 0
+                 halfway=fit_tenths((.5,)), thirds=fit_tenths((.3, .6, .9))) # a tenth from there on
 PRECISIONS = ('auto','bf16','fp32')
 
 # %% ../../nbs/foundations/27_registry.ipynb #ef5b6d0f

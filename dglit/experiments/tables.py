@@ -156,7 +156,7 @@ def as_text(
         cells = {k: v for _,o in rows.iterrows()
                  for k,v in as_cells(o, dict(valid='validation').get(o.domain, o.domain)).items()}
         lines.append({'': test.label, 'n': test.n, **cells, **compared(test)})
-    return pd.DataFrame(lines).set_index('')
+    return pd.DataFrame(lines, columns=None if lines else ['', 'n']).set_index('')
 
 def as_markdown(
     summary:pd.DataFrame # From `summarise`

@@ -9,8 +9,10 @@ __all__ = ['ALONE', 'kept_by', 'each_of', 'Step', 'methods_in', 'side_by_side', 
            'reason_of', 'Together', 'lead_of', 'run_seeds', 'sweep_together']
 
 # %% ../../nbs/foundations/36_together.ipynb #afc28aff
+import traceback
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from types import SimpleNamespace
 
@@ -19,15 +21,17 @@ from fastai.callback.core import (Callback, CancelBatchException, CancelEpochExc
                                   CancelTrainException, CancelValidException)
 from fastai.learner import Recorder
 from fastcore.basics import patch
+from joblib import cpu_count
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.data import TensorDataset
 
 from ..core import DglitError, draw, generator, write_whole
 from ..data.loaders import TensorLoader
-from .run import learner_of, record_of, run
+from .record import Run
+from .run import failed, learner_of, record_of, run
 from .registry import SCHEDULES
-from .sweep import record_name, writable, _finished
+from .sweep import record_name, workers, writable, _finished
 from ..learner import StopAtNaN, TrackDomains, is_right, true_float32
 from ..methods.core import Hooked
 

@@ -58,12 +58,12 @@ def head_batch(
 # %% ../../nbs/family/02_head_gradients.ipynb #b1814dd7
 def outer_means(
     A:Tensor, # Averages [E,N]
-    values:Tensor, # [N,K], or [E,N,K] if they differ by environment
+    values:Tensor, # [N,K], or [...,E,N,K] if they differ by environment
     features:Tensor # [N,D]
-) -> Tensor: # [E,K,D]
+) -> Tensor: # [...,E,K,D]
     "Mean over each environment of an outer product."
     with torch.autocast(A.device.type, enabled=False):
-        return torch.einsum('enk,nd->ekd', A[:,:,None]*values, features)
+        return torch.einsum('...enk,nd->...ekd', A[:,:,None]*values, features)
 
 def head_gradients(
     h:HeadBatch # See `head_batch`
@@ -115,10 +115,10 @@ def hessian_diagonal(
 # %% ../../nbs/family/02_head_gradients.ipynb #a592fb00
 def hessian_product(
     h:HeadBatch, # See `head_batch`
-    v:Tensor # A direction for each environment [E,K,D+1]
-) -> Tensor: # [E,K,D+1]
+    v:Tensor # A direction for each environment [...,E,K,D+1]
+) -> Tensor: # [...,E,K,D+1]
     "Each environment's Hessian times its direction."
-    with torch.autocast(v.device.type, enabled=False): u = torch.einsum('ekd,nd->enk', v, h.f)
+    with torch.autocast(v.device.type, enabled=False): u = torch.einsum('...ekd,nd->...enk', v, h.f)
     moved = h.p*(1 - h.p)*u if h.p.shape[1] == 1 else h.p*(u - (h.p*u).sum(-1, keepdim=True))
     return outer_means(h.A, moved, h.f)
 
@@ -128,7 +128,7 @@ def probed_diagonal(
     signs:Tensor # Random signs [P,E,K,D+1]
 ) -> Tensor: # [E,K,D+1]
     "The Hessian's diagonal, from products with random signs (Hutchinson)."
-    return torch.stack([s*hessian_product(h, s) for s in signs]).mean(0)
+    return (signs*hessian_product(h, signs)).mean(0)
 
 def random_signs(
     shape:tuple, # Of the result

@@ -8,7 +8,11 @@ Docs: https://dglit.github.io/dglit/family/pair.html.md"""
 __all__ = ['PAIR']
 
 # %% ../../nbs/family/12_pair.ipynb #cd3b1d88
+from functools import partial
+
 import torch
+from fastai.optimizer import OptimWrapper
+from fastcore.basics import patch
 from torch import nn
 
 from ..core import DglitError
@@ -27,13 +31,16 @@ class PAIR(DomainMethod):
         preference:tuple[float,...]=(1., 1e10, 1e12), # Of the risk, IRM's penalty, V-REx's penalty
         anneal_steps:int=0, # Steps of a fit before that, of plain training; the authors': 150
         eps:float=.1, # Balance while the imbalance is above this, then descend
-        module:nn.Module|None=None # Whose gradients are compared; None: the model's last layer
+        module:nn.Module|None=None, # Whose gradients are compared; None: the model's last layer
+        sgd_lr:float|None=None # Learning rate of SGD from `anneal_steps` on; None: the Learner's optimizer
     ):
         super().__init__(weight)
         if len(preference) != 3 or min(preference) <= 0:
             raise DglitError(f"preference {preference}: needed three positive numbers, for risk, IRM, V-REx")
         self.preference,self.anneal_steps,self.eps,self.module = preference,anneal_steps,eps,module
+        self.sgd_lr,self.turned = sgd_lr,False
 
+    def begun(self): return self.epoch*self.n_iter + self.iter >= self.anneal_steps
     def after_pred(self):
         super().after_pred()
         self.need_several()
@@ -46,7 +53,7 @@ class PAIR(DomainMethod):
     def term(self):
         o = self.objectives()
         self.log(irm_penalty=o[1], vrex_penalty=o[2])
-        if self.epoch*self.n_iter + self.iter < self.anneal_steps: return o.sum()*0
+        if not self.begun(): return o.sum()*0
         head = [p for p in (self.module or last_layer(self.model)).parameters() if p.requires_grad]
         each = [torch.autograd.grad(l, head, retain_graph=True) for l in o]
         G = torch.stack([torch.cat([g.flatten() for g in gs]) for gs in each]).double()
@@ -55,3 +62,16 @@ class PAIR(DomainMethod):
         self.alpha,solved = pair_weights(losses, gram, self.preference, self.eps)
         self.failures += not solved
         return (torch.as_tensor(self.alpha).to(o)*o).sum() - self.loss_grad
+
+# %% ../../nbs/family/12_pair.ipynb #e9ab425d
+@patch
+def before_train(self:PAIR):
+    super(PAIR, self).before_train()
+    if self.epoch == 0: self.turned = False
+
+@patch
+def before_step(self:PAIR):
+    "The authors' second optimizer: momentum 0.9, no weight decay."
+    if self.turned or not self.sgd_lr or not self.begun(): return
+    sgd = partial(torch.optim.SGD, momentum=.9)
+    self.learn.opt,self.turned = OptimWrapper(self.splitter(self.model), sgd, lr=self.sgd_lr), True
