@@ -183,7 +183,8 @@ def photo_loaders(
         at = np.flatnonzero(kept & (table.split == name).to_numpy())
         y,g = (torch.tensor(table[o].to_numpy()[at]) for o in ('y','group'))
         tensors = (_take(images, at), y, g) if (g >= 0).all() and groups else (_take(images, at), y)
-        return PhotoLoader(TensorDataset(*tensors), bs=bs, device=device, vocab=vocab, **kw)
+        size = bs if bs is None or kw else max(bs, 128) # what is only looked at may come in larger batches
+        return PhotoLoader(TensorDataset(*tensors), bs=size, device=device, vocab=vocab, **kw)
     train = loader('train', shuffle=True, seed=seed, balanced=balanced, augment=augment)
     tests = {o: loader(o) for o in table.split.unique() if o not in ('train','valid')}
     return PhotoLoaders(train, loader('valid'), tests, vocab, size=size, resize=resize,

@@ -38,6 +38,7 @@ def needs_files(
 ) -> Path: # The folder
     "A `DataError` says what is missing, what to fetch, and where to put it."
     folder = Path(folder).expanduser()
+    if not folder.exists(): folder = data_folder()/folder # a path from there on; one from the root stays
     missing = [o for o in names if not (folder/o).exists()]
     if missing: 
         raise DataError(f"{folder} lacks {', '.join(missing)}. Fetch {fetch}, and put it there "
@@ -64,7 +65,7 @@ def waterbirds_table(
 
 @delegates(photo_loaders, but=['differs'])
 def waterbirds(
-    folder:str|None=None, # Where `metadata.csv` is; None: dglit's data folder
+    folder:str|None=None, # Where `metadata.csv` is, from here or from dglit's data folder on; None: there
     size:int=224, # Side in pixels
     **kwargs # For `photo_loaders`: `bs`, `seed`, `balanced`, `augment`, ...
 ) -> PhotoLoaders: # Batches (images [B,3,size,size] in [0,1], classes, groups)

@@ -25,7 +25,8 @@ def try_out(kind, name, settings):
     "Build what can be built without data, so that values out of range are an error now."
     factory = REGISTRIES[kind][name]
     if kind == 'method' and factory: factory(**settings)
-    if kind == 'model' and isinstance(factory, type) and issubclass(factory, nn.Module):
+    if hasattr(factory, 'check'): factory.check(**settings) # a network that is long to build, or to fetch
+    elif kind == 'model' and isinstance(factory, type) and issubclass(factory, nn.Module):
         with torch.device('meta'), torch.random.fork_rng(devices=[]):
             factory(3, 10, 32, **settings) # no memory, no numbers
 

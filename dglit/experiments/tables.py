@@ -209,13 +209,14 @@ def changes_between(
     spec:Spec, # A training
     row:Spec # A row's training
 ) -> dict|None: # Settings of the data and the recipe; None if more than these differ
-    "What must be set to make the one of the other."
-    if (spec.data.name, spec.model, spec.methods) != (row.data.name, row.model, row.methods): return None
-    names = [k for k,_ in (*spec.data.settings, *row.data.settings)]
-    data = {k: spec.data[k] for k in names if spec.data[k] != row.data[k]}
+    "What must be set, of the data, the model and the recipe, to make the one of the other."
+    def names(o): return o.data.name, o.model.name, o.methods
+    if names(spec) != names(row): return None
+    parts = {k: a[k] for a,b in ((spec.data, row.data), (spec.model, row.model))
+             for k,_ in (*a.settings, *b.settings) if a[k] != b[k]}
     recipe = {k: getattr(spec.recipe, k)
               for k in Recipe.__dataclass_fields__ if getattr(spec.recipe, k) != getattr(row.recipe, k)}
-    return {**data, **recipe}
+    return {**parts, **recipe}
 
 # %% ../../nbs/foundations/31_tables.ipynb #520c0b68
 def variants(

