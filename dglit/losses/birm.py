@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import at_least_float32
+from ..core import at_least_float32, draw
 from .head_gradients import averages
 from .irm import scale_slopes
 
@@ -25,7 +25,7 @@ def gaussian_scales(
 ) -> tuple: # (scales [M], weights [M] that sum to 1), float64
     "Scales around 1, and weights with which to average over them."
     if draws:
-        w = 1 + sigma*torch.randn(draws, generator=rng, dtype=torch.float64)
+        w = 1 + sigma*draw(torch.randn, draws, rng=rng).double()
         return w, torch.ones_like(w)/draws
     x,w = map(torch.from_numpy, np.polynomial.hermite.hermgauss(nodes))
     return 1 + 2**.5*sigma*x, w/np.pi**.5

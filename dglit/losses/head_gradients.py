@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core import at_least_float32, choose, one_each
+from ..core import at_least_float32, choose, draw, one_each
 
 # %% ../../nbs/family/02_head_gradients.ipynb #f731762a
 def averages(
@@ -136,7 +136,7 @@ def random_signs(
     rng:torch.Generator|None=None # On the CPU
 ) -> Tensor:
     "Ones and minus ones."
-    return (2*torch.randint(2, shape, generator=rng) - 1).to(like)
+    return (2*draw(torch.randint, 2, shape, rng=rng, device=like.device) - 1).to(like.dtype)
 
 # %% ../../nbs/family/02_head_gradients.ipynb #d5dbb873
 def _mean_of_those(v, there): return (v*there[:,None,None]).sum(0)/there.sum().clamp(min=1)
