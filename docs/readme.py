@@ -15,7 +15,8 @@ def readme():
             continue
         options = [line[2:].strip() for line in source.splitlines() if line.startswith('#|')]
         if 'hide' in options: continue
-        if 'echo: false' not in options: parts.append(f'```python\n{source}\n```')
+        code = '\n'.join(line for line in source.splitlines() if not line.startswith('#|'))
+        if 'echo: false' not in options: parts.append(f'```python\n{code}\n```')
         caption = next((o.removeprefix('fig-cap: ').strip('"') for o in options if o.startswith('fig-cap')), '')
         for out in cell['outputs']:
             data = out.get('data', {})

@@ -1,4 +1,7 @@
-import warnings
+import os, warnings
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # tests run side by side
+os.environ.setdefault('LOKY_MAX_CPU_COUNT', '1')
 
 import pytest
 from fastai.torch_core import default_device

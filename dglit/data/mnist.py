@@ -36,6 +36,12 @@ class Digits:
             if y.shape != x.shape[:1] or y.dtype.kind not in 'iu' or y.min() < 0 or y.max() > 9:
                 raise DataError(f"y_{k}: needed {len(x)} whole numbers from 0 to 9, one for each image")
 
+    def first(self,
+        n:int # How many of each split
+    ): # Digits
+        "The first ones, for a quick look."
+        return Digits(self.x_train[:n], self.y_train[:n], self.x_test[:n], self.y_test[:n], self.name)
+
     def __repr__(self):
         size = '{}x{}'.format(*self.x_train.shape[1:])
         return f'{self.name}: {len(self.x_train)} training and {len(self.x_test)} test digits of {size}'
