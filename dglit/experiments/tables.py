@@ -242,7 +242,7 @@ def report(
     table:Table, # The published table
     runs:list, # Our runs
     folder, # Where the files go
-    **changes # Settings
+    /, **changes # Settings
 ) -> pd.DataFrame: # From `summarise`
     "Write `<table>.md`, `.csv` and `.png`: our runs beside the published figures."
     s,name = summarise(table, runs, **changes), Path(folder)/report_name(table, **changes)
