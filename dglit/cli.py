@@ -173,15 +173,15 @@ def reproduce(
         if together: new = sweep_together(left, out, tell_run, jobs)
         else: new = sweep_with_progress(left, out, jobs, backend=backend, address=address)
         before,runs = specs, list({r.spec: r for r in (*runs, *new)}.values())
-    for t in tables: print_report(t, runs, out)
+    for t in tables: print_report(t, runs, out, changes)
     if any(r.status == 'failed' for r in runs): sys.exit(1)
 
 # %% ../nbs/foundations/40_cli.ipynb #ad71c3bf
-def print_report(table, runs, out):
-    "Print a table and write its files, once for each way in which its settings were changed."
+def print_report(table, runs, out, given=None):
+    "Print a table and write its files, once for each way in which its settings were changed, or as `given`."
     from dglit.experiments.tables import as_text, report, report_name, variants
     from dglit.papers import TABLES
-    for changes in variants(table, runs, TABLES.values()):
+    for changes in variants(table, runs, TABLES.values()) or ([] if given is None else [given]):
         s = report(table, runs, out, **changes)
         changed = ''.join(f', {k} = {v}' for k,v in changes.items())
         print(f'\n{table.title}{changed}, accuracy in percent; published: {table.source}.\n')

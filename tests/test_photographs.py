@@ -15,7 +15,8 @@ from dglit.data.celeba import CELEBA, celeba_table
 from dglit.data.compose import compose, dealt_grounds, dealt_places, photo_digits
 from dglit.data.image_groups import check_table, drawn_splits, group_table, image_groups, numbered, read_table
 from dglit.data.images import fingerprint, pack_images, read_image
-from dglit.data.leave_one_out import VLCS, domain_table
+from dglit.data.imagenet9 import IN9_CLASSES
+from dglit.data.leave_one_out import PACS, VLCS, domain_table
 from dglit.data.photo_loader import PhotoLoader, crop_at_once, crop_each, random_boxes
 from dglit.data.waterbirds import WATERBIRDS, differences, waterbirds, waterbirds_table
 from dglit.learner.measuring import evaluate
@@ -442,3 +443,59 @@ def test_features_are_those_of_the_body(cache):
     z, y, g = features_of(net.body, dls.valid)
     assert net.body.training and z.shape == (200, 512) and (y == dls.valid.dataset.tensors[1]).all()
     with torch.no_grad(): assert torch.allclose(net.eval().body(dls.valid.dataset.tensors[0][:5]/255), z[:5], atol=1e-4)
+
+
+# the tables
+
+def official_folders(root):
+    "Tiny folders in the official layouts, of coloured squares: Waterbirds, CelebA, VLCS, PACS, the Backgrounds Challenge."
+    rng = np.random.default_rng(0)
+    def square(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    birds = [(i, f'b/{i}.png', y, split, place, 'x') for i, (split, y, place) in
+             enumerate((s, y, p) for s in range(3) for y in range(2) for p in range(2) for _ in range(3 if s else 3 + 5*(y == p)))]
+    (root/'birds').mkdir(parents=True)
+    pd.DataFrame(birds, columns='img_id,img_filename,y,split,place,place_filename'.split(',')).to_csv(root/'birds/metadata.csv', index=False)
+    for _, file, *_ in birds: square(root/'birds'/file)
+    faces = [(f'{i:06}.jpg', s, y, g) for i, (s, y, g) in enumerate((s, y, g) for s in range(3) for y in (-1, 1) for g in (-1, 1) for _ in range(4))]
+    for file, *_ in faces: square(root/'faces/img_align_celeba'/file)
+    (root/'faces/list_eval_partition.txt').write_text(''.join(f'{f} {s}\n' for f, s, *_ in faces))
+    (root/'faces/list_attr_celeba.txt').write_text(f'{len(faces)}\nBlond_Hair Male\n' + ''.join(f'{f} {y} {g}\n' for f, _, y, g in faces))
+    for name in VLCS:
+        for c in ('bird', 'car', 'chair', 'dog', 'person'):
+            for part, n in (('full', 3), ('test', 2)):
+                for i in range(n): square(root/f'vlcs/{name}/{part}/{c}/{i}.png')
+    for name in PACS:
+        for c in ('dog', 'elephant', 'giraffe', 'guitar', 'horse', 'house', 'person'):
+            for i in range(3): square(root/f'pacs/{name}/{c}/{i}.png')
+    for part, n in (('original/train', 3), ('original/val', 1), ('mixed_same/val', 1), ('mixed_rand/val', 1)):
+        for c, name in enumerate(IN9_CLASSES):
+            for i in range(n): square(root/f'nine/{part}/{c:02}_{name.replace(" ", "_")}/{i}.png')
+
+
+TINY = ['name=test_resnet', 'pretrained=False', 'size=32', 'bs=8', 'epochs=1', 'precision=fp32']
+@pytest.mark.parametrize('table,folder,rows', [('cim-waterbirds', 'birds', 'erm,scl,both,dro,negative'), ('cim-celeba', 'faces', 'erm,cim'),
+    ('cim-vlcs', 'vlcs', 'vib-caltech,both-sun'), ('cim-imagenet9', 'nine', 'erm,scl'), ('pacs', 'pacs', 'cim-photo,vib-sketch'), ('birds', 'birds', 'erm,vib')])
+def test_tables_run_to_the_end(tmp_path, cache, monkeypatch, table, folder, rows):
+    "What `dglit reproduce` does with the data at hand: every row ends, and stands beside its published figures; a record names no machine's folder."
+    from dglit.cli import reproduce
+    from dglit.experiments.record import read_runs
+    official_folders(tmp_path/'data')
+    monkeypatch.setenv('DGLIT_DATA', str(tmp_path/'data'))
+    reproduce(table, str(tmp_path/'out'), 1, 1, rows, [*TINY, f'folder={folder}'], 'processes', '', False)
+    runs = read_runs(tmp_path/'out')
+    assert runs and all(r.status == 'done' for r in runs)
+    assert str(tmp_path) not in ''.join(o.read_text() for o in (tmp_path/'out').glob('*.json'))
+    (csv,) = (tmp_path/'out').glob('*.csv')
+    found = pd.read_csv(csv).query('n > 0')
+    assert set(rows.split(',')) <= set(found.row) and found['mean'].between(0, 100).all()
+
+
+def test_the_papers_figures_are_in_the_tables():
+    from dglit.papers import TABLES
+    def published(table, row, domain): return TABLES[table].row(row).published[domain].mean
+    assert [published('cim-waterbirds', 'both', o) for o in ('test', 'test[worst]')] == [95.60, 77.23]
+    assert published('cim-celeba', 'cim', 'test[worst]') == 81.25 and published('cim-vlcs', 'both-sun', 'SUN') == 70.13
+    assert [published('cim-imagenet9', 'vib', o) for o in ('original', 'mixed_same', 'mixed_rand')] == [97.4, 89.9, 80.5]
+    assert TABLES['cim-vlcs'].row('cim-pascal').spec.model['name'] == 'resnet18' and TABLES['cim-celeba'].row('cim').spec.model['name'] == 'resnet50'
