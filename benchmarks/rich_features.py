@@ -1,0 +1,141 @@
+"""RFC's table: five starts, six ways on from each, the worst of three tests; a JSON file a training, which is not done twice.
+
+Usage: python benchmarks/rich_features.py FOLDER [--jobs 1] [--seeds 5] [--n N] [--divide 1] [--digits mnist]"""
+import argparse, json, time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback  # for learn.no_bar()
+from fastai.learner import Learner
+from fastai.losses import BCEWithLogitsLossFlat
+from fastai.optimizer import OptimWrapper
+
+from dglit.core import keep_memory, set_seed, write_whole
+from dglit.data.more_colored_mnist import colored_mnist_three
+from dglit.learner.rich_features import TrainOnly, discover, fit_plain, stored_features, synthesise
+from dglit.methods.core import TakeDomain
+from dglit.methods.head_gradients import IGA, Fishr
+from dglit.methods.irm import IRM, VREx
+from dglit.methods.spectral_decoupling import SpectralDecoupling
+from dglit.models.mlp import MLP
+
+LR, HIDDEN, PRETRAINED = 5e-4, [390, 390], 190
+WORLDS = dict(plain=dict(l2=1.1e-3, steps=(51, 501, 501), then=1001, irm=3001), inverse=dict(l2=1e-4, steps=(151, 401, 501), then=2001, irm=10_001))
+COLUMNS = dict(rand='plain', erm='plain', rfc='plain', frozen='plain', inverse='inverse')  # the last two: features stay as they are
+
+
+def methods_of(weight, l2):
+    "Risks and penalties are means over the two environments here, sums there, and V-REx's variance is unbiased there: of weights IRM's is halved."
+    now = dict(anneal_steps=0)
+    return dict(irm=lambda: IRM(weight/2, **now, l2=l2/2), vrex=lambda: VREx(weight, **now, l2=l2/2), iga=lambda: IGA(weight, **now, l2=l2/2),
+                fishr=lambda: Fishr(weight, **now, l2=l2/2), uncentered=lambda: Fishr(weight, **now, l2=l2/2, centered=False),
+                sd=lambda: SpectralDecoupling(weight/100), erm=lambda: ())
+
+
+class Worst(Callback):
+    "Every `every` steps the accuracy in training and on each test."
+    def __init__(self, every): self.every, self.curve = every, []
+    def after_train(self):
+        if self.epoch % self.every and self.epoch + 1 < self.n_epoch: return
+        self.model.eval()
+        with torch.no_grad(): self.curve.append([self.epoch, *(self.right(o) for o in (self.dls.train, *self.dls.tests.values()))])
+        self.model.train()
+
+    def right(self, dl):
+        x, y = dl.one_batch()[:2]
+        return round(100*((self.model(x).reshape(-1) > 0) == (y.reshape(-1) > 0)).double().mean().item(), 3)
+
+
+def loaders(world, seed, args):
+    return colored_mnist_three(args.digits, inverse=world == 'inverse', n=args.n, seed=seed)
+
+
+def network(dls):
+    return MLP(2, 1, dls.one_batch()[0].shape[-1], hidden=HIDDEN)
+
+
+def start(world, seed, args):
+    "The rounds' answers and the features of all of them, kept in a file."
+    path, o = Path(args.folder)/f'start-{world}-{seed}.pt', WORLDS[world]
+    if path.exists(): return
+    dls = loaders(world, seed, args)
+    steps, net = [max(s//args.divide, 2) for s in o['steps']], partial(network, dls)
+    fit = dict(lr=LR, l2=o['l2']/2, seed=seed)  # of a mean over the environments
+    found = discover(dls, net, 2, tuple(steps[:2]), **fit)
+    y = dls.train.dataset.tensors[1].bool()
+    rounds = [round(100*(r == y).double().mean().item(), 2) for r in found]
+    alone = second_round(dls, net, found, steps[1], fit)
+    model = synthesise(dls, net, found, steps[2], **fit)
+    torch.save(dict(model={k: v.cpu() for k, v in model.state_dict().items()}, rounds=rounds, alone=alone), path)
+
+
+def second_round(dls, net, found, steps, fit):
+    "The second round once more, with its tests: it has seen no environment."
+    from dglit.learner.rich_features import WorstGroup, groups_of, regrouped
+    y = dls.train.dataset.tensors[1].bool()
+    data = regrouped(dls, y.long(), groups_of(found[:1] == y))
+    set_seed(fit['seed'] + 1000)
+    model = fit_plain(data, net(), WorstGroup(), steps, fit['lr'], fit['l2']).eval()
+    look = Worst(1)
+    look.learn = argparse.Namespace(model=model)
+    with torch.no_grad(): return {k: look.right(o) for k, o in dls.tests.items()}
+
+
+def on(column, name, seed, args):
+    "A method from one of the starts on: its curve."
+    path = Path(args.folder)/f'{column}-{name}-{seed}.json'
+    if path.exists(): return path.name
+    world, begun = COLUMNS[column], time.perf_counter()
+    o, dls = WORLDS[world], loaders(world, seed, args)
+    set_seed(seed)
+    model, l2 = network(dls).to(dls.device), o['l2']
+    kept = torch.load(Path(args.folder)/f'start-{world}-{seed}.pt') if column in ('rfc', 'frozen', 'inverse') else {}
+    if kept: model.load_state_dict(kept['model'])
+    if column == 'erm': fit_plain(dls, model, (), max(PRETRAINED//args.divide, 2), LR, l2/2)
+    if column in ('frozen', 'inverse'): dls, model = stored_features(model, dls), model.head
+    methods, plain = methods_of(args.weight, l2)[name](), name in ('sd', 'erm')
+    steps, look = max((o['irm'] if name == 'irm' else o['then'])//args.divide, 2), Worst(max(50//args.divide, 1))
+    learn = Learner(dls, model, BCEWithLogitsLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.Adam), lr=LR, wd=l2 if plain else 0.,
+                    cbs=[TakeDomain(), TrainOnly(), look, *([methods] if methods else [])])
+    with learn.no_bar(), learn.no_logging(): learn.fit(steps)
+    result = dict(column=column, method=name, seed=seed, weight=args.weight, steps=steps, precision='tf32' if torch.cuda.is_available() else 'fp32', curve=look.curve,
+                  tests=list(dls.tests), seconds=round(time.perf_counter() - begun, 1), rounds=kept.get('rounds'), alone=kept.get('alone'),
+                  device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')
+    write_whole(path, json.dumps(result) + '\n')
+    return path.name
+
+
+def names_of(column):
+    "RFC's Fishr does not subtract the mean; where features are stored, and steps cheap, Fishr's own runs too."
+    return [k for k in methods_of(1., 0.) if k != 'fishr' or column in ('frozen', 'inverse')]
+
+
+def begin():
+    "One thread; on a card products of matrices have TF32's ten bits."
+    torch.set_num_threads(1)
+    if torch.cuda.is_available(): torch.set_float32_matmul_precision('high')
+
+
+def main():
+    p = argparse.ArgumentParser()
+    p.add_argument('folder'); p.add_argument('--digits', default='mnist'); p.add_argument('--weight', type=float, default=1e4)
+    for k, v in dict(jobs=1, seeds=5, n=None, divide=1).items(): p.add_argument(f'--{k}', type=int, default=v)
+    args = p.parse_args()
+    Path(args.folder).mkdir(parents=True, exist_ok=True)
+    seeds, lost = range(args.seeds), 0
+    with ProcessPoolExecutor(args.jobs, get_context('spawn'), begin) as pool:
+        starts = {w: [pool.submit(start, w, s, args) for s in seeds] for w in ('inverse', 'plain')}
+        free = [pool.submit(on, c, m, s, args) for s in seeds for c in ('rand', 'erm') for m in names_of(c)]
+        for o in (*starts['inverse'], *starts['plain']): o.result()
+        free += [pool.submit(on, c, m, s, args) for s in seeds for c in ('inverse', 'rfc', 'frozen') for m in names_of(c)]
+        for o in as_completed(free):
+            try: print(o.result(), flush=True)
+            except Exception as e: lost += 1; print(f'{type(e).__name__}: {e}', flush=True)
+    raise SystemExit(lost > 0)
+
+
+if __name__ == '__main__': keep_memory(); main()
