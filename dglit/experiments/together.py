@@ -88,7 +88,8 @@ def side_by_side(
     def stream(*name):
         each = [generator(o, *name) for o in seeds]
         def drawn(f, *args, device=None):
-            return torch.stack([draw(f, *args, rng=o, device=device) for o in each])[learn.which]
+            numbers = torch.stack([draw(f, *args, rng=o, device=device) for o in each])
+            return numbers.to(learn.which.device)[learn.which]
         return drawn
     return stream
 
@@ -156,7 +157,7 @@ class Together(Callback):
     ): self.learners,self.inside = list(learners),False
 
     def stack(self, model=None): # a Learner's splitter: what the optimizer gets
-        self.weights,self.buffers = stack_module_state([o.model for o in self.learners])
+        self.weights,self.buffers = stack_module_state([o.model.to(o.dls.device) for o in self.learners])
         return list(self.weights.values())
 
     def before_fit(self):
