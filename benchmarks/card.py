@@ -1,6 +1,6 @@
 """A training step on a graphics card: milliseconds, kernels that are launched, and times that the host waits for the card.
 Each method as its Learner trains it, RCL and plain training beside the same in a plain loop, and several seeds side by side.
-Usage: python benchmarks/card.py [--steps 200] [--digits digits]"""
+Usage: python benchmarks/card.py [--steps 200] [--digits digits] [--only seeds]"""
 import argparse, time
 from collections import Counter
 from contextlib import ExitStack
@@ -84,6 +84,7 @@ def main():
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument('--steps', type=int, default=200)
     options.add_argument('--digits', default='mnist')
+    options.add_argument('--only', choices=('methods', 'seeds'))
     given = options.parse_args()
     digits = dict(digits=given.digits, **({} if given.digits == 'mnist' else {'bs': 16}))
     mp = {k: Spec('mnist_mp', 'convnet', k, **digits) for k in ('erm', 'rcl', 'jigsaw', 'reconstruction')}
@@ -92,10 +93,12 @@ def main():
     print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', torch.__version__)
     print(f'{"":32} {"ms":>8} {"kernels":>8} {"waits":>6} {"operators":>9}')
     def line(name, meter): print(f'{name:32} {meter}', flush=True)
-    for name, specs in (('MNIST-MP', mp), ('painted backgrounds', ground), ('Colored MNIST', irm)):
-        for k, s in specs.items():
-            line(f'{name}, {k}', of_learner(learner_of(replace(s, every=10_000)), given.steps))
-            if name == 'MNIST-MP' and k in ('erm', 'rcl'): line('  in a plain loop', of_plain_loop(s, given.steps, k == 'rcl'))
+    if given.only != 'seeds':
+        for name, specs in (('MNIST-MP', mp), ('painted backgrounds', ground), ('Colored MNIST', irm)):
+            for k, s in specs.items():
+                line(f'{name}, {k}', of_learner(learner_of(replace(s, every=10_000)), given.steps))
+                if name == 'MNIST-MP' and k in ('erm', 'rcl'): line('  in a plain loop', of_plain_loop(s, given.steps, k == 'rcl'))
+    if given.only == 'methods': return
     for s in (mp['rcl'], ground['cim'], irm['irm']):
         for n in (1, 4, 16):
             seeds = list(range(n))
