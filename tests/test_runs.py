@@ -88,7 +88,7 @@ def test_bit_identical(few, spec):
 def test_bfloat16_trains_as_float32_does(few):
     "The 16-bit weights follow the 32-bit ones: the same curve, but for rounding."
     some = Digits(few.x_train[:64], few.y_train[:64], few.x_test[:32], few.y_test[:32])
-    full, half = (run(replace(PLAIN, precision=p, epochs=3, bs=16, lr=1e-2), digits=some) for p in ('fp32', 'bf16'))
+    full, half = (run(replace(PLAIN, model='mlp', hidden=[32], precision=p, epochs=3, bs=16, lr=1e-2), digits=some) for p in ('fp32', 'bf16'))
     assert half.machine['precision'] == 'bf16' and full.machine['precision'] == 'fp32'
     assert full.measured[-1]['train_loss'] < full.measured[0]['train_loss'] - .02
     for a, b in zip(full.measured, half.measured): assert abs(a['train_loss'] - b['train_loss']) < .1
