@@ -16,6 +16,7 @@ from dglit.methods.core import TakeDomain
 from dglit.methods.distributed import gathered, ranks, whole_of
 
 TWO = 2
+pytestmark = pytest.mark.xdist_group('ddp')  # all look at one pair of processes
 
 
 STRONGER = dict(decov=dict(weight=1.)) # than by default, so that it shows in six steps

@@ -1,7 +1,9 @@
 "What every method promises: any Learner, in company, and nothing left behind."
+import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +49,7 @@ NAMES = [k for k, v in METHODS.items() if v]
 OPTIMIZERS = dict(fastai=Adam, ranger=ranger, torch=partial(OptimWrapper, opt=torch.optim.AdamW))
 DOMAIN = [k for k in NAMES if issubclass(METHODS[k], DomainMethod)]
 WEIGHTED = [k for k in NAMES if issubclass(METHODS[k], Method)]
-COMPARING = [k for k in DOMAIN if k != 'group_dro']  # of one domain they make nothing
+COMPARING = [k for k in DOMAIN if k not in ('group_dro', 'dann')]  # of one domain they make nothing; DANN asks the data
 
 
 @pytest.fixture(scope='module')
@@ -180,18 +182,20 @@ def no_norm():
 def test_an_interrupt_leaves_nothing(few, name, error):
     "At any place: no hook, no autocast, the same weights if no step was made, and an evaluation that is theirs."
     cbs = [METHODS[name]()] if name in NAMES else [*every_method(), BFloat16()] + [SAM()]*('SAM' in name)
-    learn = learner(few, cbs, no_norm(), bs=64)
+    learn = learner(few.first(32), cbs, no_norm(), bs=32)
     def seen(): return {k: v.clone() for k, v in learn.model.state_dict().items()}, evaluate(learn)
+    now, again = seen()
     for place in BEFORE_THE_STEP + AFTER_IT:
         if place in AFTER_IT[2:] and isinstance(error, CancelBatchException): continue  # there is no batch to cancel
-        state, accuracies = seen()
+        state, accuracies = now, again
         interrupted(learn, place, error)
         assert clean(learn) and not getattr(learn, 'second_pass', False), place
         now, again = seen()
         if place in BEFORE_THE_STEP: assert all(torch.equal(state[k], now[k]) for k in state) and again.equals(accuracies), place
-        x, y = learn.dls.valid.one_batch()[:2]
-        with torch.no_grad(): right = (learn.model.eval()(x).argmax(1) == y).float().mean().item()
-        if name in NAMES: assert again.accuracy['valid'] == pytest.approx(100*right, abs=1e-3), place
+        if name in NAMES:
+            x, y = learn.dls.valid.one_batch()[:2]
+            with torch.no_grad(): right = (learn.model.eval()(x).argmax(1) == y).float().mean().item()
+            assert again.accuracy['valid'] == pytest.approx(100*right, abs=1e-3), place
     fit(learn)
     assert clean(learn) and finite(learn) and in_optimizer(learn) == all_parameters(learn)
 
@@ -350,7 +354,8 @@ def test_what_is_in_the_model_goes_where_the_model_goes(name, tmp_path):
     fresh.load('best')
     with torch.no_grad(): assert torch.equal(fresh.model.eval()(x), z)
     learn.export('learn.pkl'); torch.save(x, tmp_path/'x.pt')
-    subprocess.run([sys.executable, '-c', FRESH, str(tmp_path)], check=True)
+    here = os.pathsep.join([str(Path(__file__).parent), *sys.path])             # the data's class is this module's
+    subprocess.run([sys.executable, '-c', FRESH, str(tmp_path)], check=True, env={**os.environ, 'PYTHONPATH': here})
     assert torch.allclose(torch.load(tmp_path/'z.pt'), z, atol=1e-5)
     torch.save(learn.model, tmp_path/'model.pt')
     with torch.no_grad(): assert torch.equal(torch.load(tmp_path/'model.pt', weights_only=False)(x), z)
@@ -426,8 +431,9 @@ def test_l2_as_weight_decay(digits):
     def trained(cbs, wd):
         set_seed(0)
         return fit(domain_learner(colored_mnist(digits), MLP(hidden=[16, 16]), cbs, 'last', BCEWithLogitsLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.Adam), lr=1e-3, wd=wd), 5)
-    a, b = trained(IRM(0., l2=.01), 0.), trained((), .02)
-    for p, q in zip(a.model.parameters(), b.model.parameters()): assert torch.allclose(p, q, atol=1e-6)
+    a, b, none = (list(trained(*o).model.parameters()) for o in ((IRM(0., l2=.01), 0.), ((), .02), ((), 0.)))
+    apart = lambda a, b: max((p - q).abs().max().item() for p, q in zip(a, b))
+    assert apart(a, b) < 5e-5 < 5e-3 < apart(a, none)                            # Adam makes much of rounding where a slope is nearly 0
 
 
 def test_annealing_counts_steps_whatever_else_runs(digits):
@@ -523,7 +529,7 @@ def on(name): # a run that any method can do
 @pytest.mark.parametrize('name', NAMES)
 def test_in_a_run(few, name):
     r = run(on(name), digits=few)
-    assert r.status == 'done' and torch.isfinite(torch.tensor(r.curve[0]['train_loss']))
+    assert r.status == 'done' and torch.isfinite(torch.tensor(r.measured[0]['train_loss']))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 MISSING = [o for o in ('sphinx', 'myst_nb', 'furo') if not find_spec(o)]
 sys.path.insert(0, str(ROOT/'docs'))
 from screenshots import BROWSER, CUT, settled
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: pip install -e '.[docs]'")
+pytestmark = [pytest.mark.xdist_group('site'),  # one site, one browser
+              pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: pip install -e '.[docs]'")]
 needs_browser = pytest.mark.skipif(not BROWSER or not find_spec('playwright'), reason='needs Chromium on the path, and playwright')
 
 

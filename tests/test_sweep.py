@@ -16,6 +16,7 @@ from dglit.experiments.tables import specs_of
 from dglit.papers import TABLES
 
 module = sys.modules['dglit.experiments.sweep']
+pytestmark = pytest.mark.xdist_group('sweep')  # they kill and time processes: never two at once
 TINY = Spec(model='mlp', digits='digits', size=28, hidden=[8], epochs=1, bs=256, precision='fp32')
 SPECS = [replace(TINY, seed=i) for i in range(6)]
 PROGRAM = '''

@@ -22,7 +22,8 @@ def mix_statistics(
 ) -> Tensor: # In the same shape
     "Features with the mixed mean and spread of their own and a partner's channels (MixStyle)."
     mean = features.mean((2,3), keepdim=True).detach()
-    std = (features.var((2,3), keepdim=True) + 1e-6).sqrt().detach()
+    others = min(1, features[0,0].numel() - 1) # a single place has no spread
+    std = (features.var((2,3), correction=others, keepdim=True) + 1e-6).sqrt().detach()
     l = share.to(features)[:,None,None,None]
     return (features - mean)/std*(l*std + (1-l)*std[partner]) + l*mean + (1-l)*mean[partner]
 
