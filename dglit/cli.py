@@ -175,6 +175,7 @@ def print_report(table, runs, out, given=None):
     from dglit.papers import TABLES
     for changes in variants(table, runs, TABLES.values()) or ([] if given is None else [given]):
         s = report(table, runs, out, **changes)
+        if not (s.n > 0).any(): print(f'\n{table.title}: no run has ended'); continue
         changed = ''.join(f', {k} = {v}' for k,v in changes.items())
         print(f'\n{table.title}{changed}, accuracy in percent; published: {table.source}.\n')
         print(as_text(s[s.n > 0]).to_string())

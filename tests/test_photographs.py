@@ -463,7 +463,7 @@ def official_folders(root):
     (root/'faces/list_eval_partition.txt').write_text(''.join(f'{f} {s}\n' for f, s, *_ in faces))
     (root/'faces/list_attr_celeba.txt').write_text(f'{len(faces)}\nBlond_Hair Male\n' + ''.join(f'{f} {y} {g}\n' for f, _, y, g in faces))
     for name in VLCS:
-        for c in ('bird', 'car', 'chair', 'dog', 'person'):
+        for c in '01234':
             for part, n in (('full', 3), ('test', 2)):
                 for i in range(n): square(root/f'vlcs/{name}/{part}/{c}/{i}.png')
     for name in PACS:
