@@ -21,6 +21,7 @@ from dglit.data.unit_tests import *
 from dglit.data.waterbirds import waterbirds
 from dglit.experiments.causal import *
 from dglit.experiments.latent import *
+from dglit.experiments.new_images import *
 from dglit.experiments.record import *
 from dglit.experiments.registry import *
 from dglit.experiments.run import *

@@ -6,9 +6,10 @@ Docs: https://dglit.github.io/dglit/foundations/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'DATA', 'MODEL', 'METHOD', 'SET', 'SEED', 'RULE', 'BY', 'FOR_ALL', 'RECORD', 'SEARCHED', 'REPORTED', 'LISTED',
-           'FOLDER', 'OUT', 'JOBS', 'BACKEND', 'ADDRESS', 'value_of', 'settings_given', 'spec_given', 'demo',
-           'in_words', 'train', 'evaluate', 'tell_run', 'reproduce', 'print_report', 'space_given', 'search', 'report',
-           'first_line', 'in_lines', 'of_part', 'of_table', 'list_', 'main']
+           'FOLDER', 'OUT', 'JOBS', 'BACKEND', 'ADDRESS', 'FEW_STEPS', 'value_of', 'settings_given', 'spec_given',
+           'demo', 'in_words', 'tell_data', 'progress', 'train', 'evaluate', 'on_new_images', 'tell_run', 'reproduce',
+           'print_report', 'space_given', 'search_of', 'compare', 'search', 'report', 'first_line', 'in_lines',
+           'of_part', 'of_table', 'list_', 'main']
 
 # %% ../nbs/foundations/40_cli.ipynb #486d36ef
 import os, sys, warnings
@@ -102,6 +103,25 @@ def in_words(figures):
     "Names and figures on one line."
     return '  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k,v in figures.items())
 
+FEW_STEPS = 100
+
+def tell_data(learn, spec):
+    "Print how many images there are of each group, what was left out, and a warning of a short training."
+    from dglit.data.image_groups import group_table
+    if hasattr(learn.dls, 'group_names'): print(group_table(learn.dls).to_string(), end='\n\n')
+    for o in getattr(learn.dls, 'left_out', [])[:5]: print(f'left out: {o}')
+    steps = len(learn.dls.train)*spec.recipe.epochs
+    if steps < FEW_STEPS: print(f'{steps} steps are few to learn from: give more epochs, or a smaller bs')
+
+def progress(epochs):
+    "Of each epoch that ends, how long the rest will take."
+    import time
+    start = time.time()
+    for done in range(1, epochs):
+        left = (time.time() - start)/done*(epochs - done)
+        yield f'({int(left//60)}:{int(left%60):02} left)'
+    while True: yield ''
+
 @app.command()
 def train(
     data: DATA = 'mnist_mp', model: MODEL = 'convnet', method: METHOD = [], set_: SET = [], seed: SEED = 0,
@@ -115,7 +135,9 @@ def train(
     parse_rule(rule)
     learn = learner_of(spec, rule)
     folder = writable(out, 1, learn.model) if out else None
-    r = fit(learn, spec, each_epoch=lambda o: print(in_words(o), flush=True))
+    tell_data(learn, spec)
+    clock = progress(spec.recipe.epochs)
+    r = fit(learn, spec, each_epoch=lambda o: print(in_words(o), next(clock), flush=True))
     if folder: print(f'Record: {write_whole(folder/record_name(spec), r.to_json() + chr(10))}')
     if r.status == 'diverged':
         print('diverged: the loss is no longer a number. Try a smaller lr'); sys.exit(1)
@@ -127,8 +149,14 @@ def train(
 # %% ../nbs/foundations/40_cli.ipynb #bda85c02
 @app.command()
 def evaluate(
-    record: RECORD):
-    "What a saved training gets right, in every domain and group."
+    record: RECORD,
+    images: Annotated[str, typer.Argument(help='A folder of new images, or a CSV; none: its own data.')] = '',
+    out: Annotated[str, typer.Option(help='Where the predictions go.')] = 'predictions.csv',
+    file: Annotated[str, typer.Option(help='Column of a CSV: the image.')] = 'file',
+    label: Annotated[str, typer.Option(help='Column: its class, if it is known.')] = 'label',
+    group: Annotated[str, typer.Option(help='Column: its group, if there is one.')] = 'group'):
+    "What a saved training gets right, in every domain and group; or what it says of new images."
+    if images: return on_new_images(record, images, out, file=file, label=label, group=group)
     from pathlib import Path
     from dglit.core import DglitError, shown
     from dglit.experiments.record import read_runs
@@ -138,6 +166,15 @@ def evaluate(
     if len(runs) != 1: raise DglitError(f"{shown(record)} holds {len(runs)} records: give the file of one")
     learn = load_trained(learner_of(runs[0].spec), Path(record).with_suffix(''))
     print(evaluate(learn).to_string())
+
+def on_new_images(record, images, out, **columns):
+    "Print accuracies where labels are known, and write what the network says."
+    from dglit.core import write_whole
+    from dglit.experiments.new_images import accuracy_by_group, predictions
+    found = predictions(record, images, **columns)
+    known = accuracy_by_group(found)
+    print(known.round(1).to_string() if known.n['all'] else found.prediction.value_counts().to_string())
+    print(f'Predictions: {write_whole(out, found.to_csv(index=False))}')
 
 # %% ../nbs/foundations/40_cli.ipynb #e40f9d32
 def tell_run(r, done, total):
@@ -183,6 +220,7 @@ def print_report(table, runs, out, given=None):
     from dglit.papers import TABLES
     for changes in variants(table, runs, TABLES.values()) or ([] if given is None else [given]):
         s = report(table, runs, out, **changes)
+        if not (s.n > 0).any(): print(f'\n{table.title}: no run has ended'); continue
         changed = ''.join(f', {k} = {v}' for k,v in changes.items())
         print(f'\n{table.title}{changed}, accuracy in percent; published: {table.source}.\n')
         print(as_text(s[s.n > 0]).to_string())
@@ -205,6 +243,26 @@ def space_given(pairs, options):
     return space
 
 # %% ../nbs/foundations/40_cli.ipynb #3c5e1110
+def search_of(data, model, method, pairs, space, draws, rule, by):
+    "One of several searches: of the space, what is this method's, the recipe's, the data's or the network's."
+    from dglit.experiments.search import Search
+    from dglit.experiments.spec import options_of
+    spec = spec_given(data, model, [method], pairs)
+    options = options_of((spec.data, spec.model, *spec.methods))
+    def mine(o): return '.' not in (key := o.partition('=')[0]) or key.partition('.')[0] in options
+    return Search(spec, space_given([o for o in space if mine(o)], options), draws, rule, by)
+
+def compare(searches, runs):
+    "Print what each search picks, and the best of these."
+    import pandas as pd
+    found = {k: (s.pick(runs), s.by, s.rule) for k,s in searches.items()}
+    ended = {r.spec: r for r in runs}
+    table = pd.DataFrame({k: ended[o].at(rule) for k,(o,_,rule) in found.items()}).T.round(1)
+    table = table.sort_values(by := next(iter(found.values()))[1], ascending=False)
+    print(table.to_string())
+    for k,(o,_,_) in found.items(): print(f'{k}: {o}')
+    print(f'\nby {by}: {table.index[0]}. One seed of each draw: run the first few again with other seeds')
+
 @app.command()
 def search(
     name: SEARCHED = '',
@@ -212,6 +270,8 @@ def search(
     space: Annotated[list[str],
                      typer.Option(help='NAME=LEAST..GREATEST or NAME=VALUE,VALUE; may be repeated.')] = [],
     draws: Annotated[int, typer.Option(help='How many draws from the ranges.', min=1)] = 16,
+    each: Annotated[str, typer.Option(help='Methods to compare, such as erm,vib,cim+vib: each is searched; '
+                                      'METHOD.NAME in a space is for that method.')] = '',
     rule: RULE = 'last', by: BY = 'valid',
     out: OUT = 'runs', jobs: JOBS = 1, backend: BACKEND = 'processes', address: ADDRESS = ''):
     "Draw settings, train each, and let validation data pick."
@@ -220,6 +280,10 @@ def search(
     from dglit.experiments.spec import options_of
     from dglit.experiments.sweep import sweep_with_progress
     from dglit.papers import SEARCHES
+    if each:
+        searches = {o: search_of(data, model, o, set_, space, draws, rule, by) for o in each.split(',')}
+        specs = list(dict.fromkeys(s for o in searches.values() for s in o.specs()))
+        return compare(searches, sweep_with_progress(specs, out, jobs, backend=backend, address=address))
     spec = spec_given(data, model, method, set_)
     if not name and not space:
         raise DglitError(f"nothing to search: give --space lr=1e-4..1e-2, or a name: {', '.join(SEARCHES)}")

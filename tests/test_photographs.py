@@ -463,7 +463,7 @@ def official_folders(root):
     (root/'faces/list_eval_partition.txt').write_text(''.join(f'{f} {s}\n' for f, s, *_ in faces))
     (root/'faces/list_attr_celeba.txt').write_text(f'{len(faces)}\nBlond_Hair Male\n' + ''.join(f'{f} {y} {g}\n' for f, _, y, g in faces))
     for name in VLCS:
-        for c in ('bird', 'car', 'chair', 'dog', 'person'):
+        for c in '01234':
             for part, n in (('full', 3), ('test', 2)):
                 for i in range(n): square(root/f'vlcs/{name}/{part}/{c}/{i}.png')
     for name in PACS:
@@ -475,8 +475,8 @@ def official_folders(root):
 
 
 TINY = ['name=test_resnet', 'pretrained=False', 'size=32', 'bs=8', 'epochs=1', 'precision=fp32']
-@pytest.mark.parametrize('table,folder,rows', [('cim-waterbirds', 'birds', 'erm,scl,both,dro,negative'), ('cim-celeba', 'faces', 'erm,cim'),
-    ('cim-vlcs', 'vlcs', 'vib-caltech,both-sun'), ('cim-imagenet9', 'nine', 'erm,scl'), ('pacs', 'pacs', 'cim-photo,vib-sketch'), ('birds', 'birds', 'erm,vib')])
+@pytest.mark.parametrize('table,folder,rows', [('cim-waterbirds', 'birds', 'erm,scl,dro'), ('cim-celeba', 'faces', 'erm,cim'),
+    ('cim-vlcs', 'vlcs', 'vib-caltech,both-sun'), ('cim-imagenet9', 'nine', 'erm,scl'), ('pacs', 'pacs', 'cim-photo,vib-sketch'), ('birds', 'birds', 'both')])
 def test_tables_run_to_the_end(tmp_path, cache, monkeypatch, table, folder, rows):
     "What `dglit reproduce` does with the data at hand: every row ends, and stands beside its published figures; a record names no machine's folder."
     from dglit.cli import reproduce
