@@ -35,7 +35,7 @@ from ..data.mnist_mp import mnist_mp, mnist_plain, mnist_up
 from ..data.more_colored_mnist import colored_mnist_three, full_colored_mnist
 from ..data.rotated_mnist import rotated_mnist
 from ..data.waterbirds import waterbirds
-from ..methods.alignment import CORAL, DANN
+from ..methods.alignment import CORAL, DANN, MMD
 from ..methods.bottleneck import BIRM, IBERM
 from ..methods.cim import CIM
 from ..methods.decov import DeCov
@@ -72,7 +72,7 @@ MODELS = dict(convnet=ConvNet, normalized_convnet=NormalizedConvNet, mlp=MLP, ba
 METHODS = dict(erm=None, rcl=RCL, dropout=ChannelDropout, orthogonality=DoubleSoftOrthogonality, decov=DeCov,
                jigsaw=Jigsaw, reconstruction=Reconstruction, spectral_decoupling=SpectralDecoupling, rsc=RSC,
                irm=IRM, vrex=VREx, group_dro=GroupDRO, cim=CIM, vib=VIB, scl=SCL, sam=SAM, fishr=Fishr,
-               hessian=HessianAlignment, iga=IGA, iberm=IBERM, birm=BIRM, pair=PAIR, coral=CORAL, dann=DANN,
+               hessian=HessianAlignment, iga=IGA, iberm=IBERM, birm=BIRM, pair=PAIR, coral=CORAL, mmd=MMD, dann=DANN,
                edges=EdgeLoss, mixstyle=MixStyle) # erm: plain training
 
 # %% ../../nbs/foundations/27_registry.ipynb #978c3ca7
