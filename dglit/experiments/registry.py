@@ -72,8 +72,8 @@ MODELS = dict(convnet=ConvNet, normalized_convnet=NormalizedConvNet, mlp=MLP, ba
 METHODS = dict(erm=None, rcl=RCL, dropout=ChannelDropout, orthogonality=DoubleSoftOrthogonality, decov=DeCov,
                jigsaw=Jigsaw, reconstruction=Reconstruction, spectral_decoupling=SpectralDecoupling, rsc=RSC,
                irm=IRM, vrex=VREx, group_dro=GroupDRO, cim=CIM, vib=VIB, scl=SCL, sam=SAM, fishr=Fishr,
-               hessian=HessianAlignment, iga=IGA, iberm=IBERM, birm=BIRM, pair=PAIR, coral=CORAL, mmd=MMD, dann=DANN,
-               edges=EdgeLoss, mixstyle=MixStyle) # erm: plain training
+               hessian=HessianAlignment, iga=IGA, iberm=IBERM, birm=BIRM, pair=PAIR, coral=CORAL, mmd=MMD,
+               dann=DANN, edges=EdgeLoss, mixstyle=MixStyle) # erm: plain training
 
 # %% ../../nbs/foundations/27_registry.ipynb #978c3ca7
 def fit_tenths(
