@@ -46,6 +46,7 @@ from ..methods.irm import IRM, GroupDRO, VREx
 from ..methods.jigsaw import Jigsaw
 from ..methods.orthogonality import DoubleSoftOrthogonality
 from ..methods.mixstyle import MixStyle
+from ..methods.mixup import DomainMixup
 from ..methods.pair import PAIR
 from ..methods.rcl import RCL
 from ..methods.reconstruction import Reconstruction
@@ -73,7 +74,7 @@ METHODS = dict(erm=None, rcl=RCL, dropout=ChannelDropout, orthogonality=DoubleSo
                jigsaw=Jigsaw, reconstruction=Reconstruction, spectral_decoupling=SpectralDecoupling, rsc=RSC,
                irm=IRM, vrex=VREx, group_dro=GroupDRO, cim=CIM, vib=VIB, scl=SCL, sam=SAM, fishr=Fishr,
                hessian=HessianAlignment, iga=IGA, iberm=IBERM, birm=BIRM, pair=PAIR, coral=CORAL, mmd=MMD,
-               dann=DANN, edges=EdgeLoss, mixstyle=MixStyle) # erm: plain training
+               dann=DANN, edges=EdgeLoss, mixstyle=MixStyle, mixup=DomainMixup) # erm: plain training
 
 # %% ../../nbs/foundations/27_registry.ipynb #978c3ca7
 def fit_tenths(
