@@ -64,6 +64,7 @@ from dglit.methods.hooks import *
 from dglit.methods.irm import *
 from dglit.methods.jigsaw import *
 from dglit.methods.mixstyle import *
+from dglit.methods.mixup import *
 from dglit.methods.nets import *
 from dglit.methods.orthogonality import *
 from dglit.methods.pair import *

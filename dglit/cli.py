@@ -6,10 +6,10 @@ Docs: https://dglit.github.io/dglit/foundations/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'DATA', 'MODEL', 'METHOD', 'SET', 'SEED', 'RULE', 'BY', 'FOR_ALL', 'RECORD', 'SEARCHED', 'REPORTED', 'LISTED',
-           'FOLDER', 'OUT', 'JOBS', 'BACKEND', 'ADDRESS', 'FEW_STEPS', 'value_of', 'settings_given', 'spec_given',
-           'demo', 'in_words', 'tell_data', 'progress', 'train', 'evaluate', 'on_new_images', 'tell_run', 'reproduce',
-           'print_report', 'space_given', 'search_of', 'compare', 'search', 'report', 'first_line', 'in_lines',
-           'of_part', 'of_table', 'list_', 'main']
+           'FOLDER', 'OUT', 'JOBS', 'BACKEND', 'ADDRESS', 'FEW_STEPS', 'NEEDS', 'value_of', 'settings_given',
+           'spec_given', 'demo', 'in_words', 'tell_data', 'progress', 'train', 'evaluate', 'on_new_images', 'tell_run',
+           'reproduce', 'print_report', 'space_given', 'search_of', 'compare', 'search', 'report', 'first_line',
+           'in_lines', 'of_part', 'of_table', 'list_', 'main']
 
 # %% ../nbs/foundations/40_cli.ipynb #486d36ef
 import os, sys, warnings
@@ -339,6 +339,11 @@ def of_table(table):
                          for k,o in r.published.items() if o.mean == o.mean)
     return in_lines({r.name: f'{r.label}: published {published(r) or "nothing"}' for r in table.rows})
 
+# %% ../nbs/foundations/40_cli.ipynb #a42d71cb
+NEEDS = dict(nothing='methods that need nothing but labels',
+             domains='methods that need the domain of each example, several domains in a batch',
+             groups='methods that need the group of each example: a domain, or a class with its shortcut')
+
 # %% ../nbs/foundations/40_cli.ipynb #a2c987d3
 @app.command('list')
 def list_(name: LISTED = ''):
@@ -359,7 +364,11 @@ def list_(name: LISTED = ''):
           + in_lines({k: f'{len(s.specs())} of {s.spec.data} with {s.spec.method.partition("(")[0]}'
                       for k,s in SEARCHES.items()}))
     for kind,registry in REGISTRIES.items():
-        print(f'{kind}s\n' + in_lines({k: first_line(o) for k,o in registry.items()}))
+        groups = {f'{kind}s': registry} if kind != 'method' else {
+            says: {k: o for k,o in registry.items() if getattr(o, 'needs', 'nothing') == need}
+            for need,says in NEEDS.items()}
+        for says,some in groups.items():
+            print(f'{says}\n' + in_lines({k: first_line(o) for k,o in some.items()}))
 
 # %% ../nbs/foundations/40_cli.ipynb #41f28dcd
 def main():

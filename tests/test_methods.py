@@ -92,7 +92,8 @@ def all_parameters(learn): return sorted(id(p) for m in [learn.model, *side_nets
 def every_method(weights=1.):
     "One of each method."
     small = dict(rcl=.01, decov=.01, orthogonality=.1, jigsaw=.1, reconstruction=.1, spectral_decoupling=.01, irm=5., vrex=5., group_dro=.1, cim=.1, vib=1e-3, scl=.1)
-    return [METHODS[k](v*weights) for k, v in small.items()] + [METHODS['dropout'](.3), RSC(.3)]
+    instead = ('pair',) # its loss is in place of the others' sum
+    return [METHODS[k](small.get(k, .01)*weights) for k in WEIGHTED if k not in instead] + [METHODS['dropout'](.3), RSC(.3)]
 
 
 class Cancels(Callback):

@@ -47,6 +47,25 @@ def test_imports_point_down(module):
             if parts[0] == 'dglit' and len(parts) > 1: assert parts[1] == floor or parts[1] in MAY[floor], f'{module}: {floor} imports {node.module}'
 
 
+def test_all_has_everything_a_notebook_needs():
+    "Every dataset, model and method by name, and all that pages export of losses, methods and learners."
+    import importlib
+    import dglit.all
+    from dglit.experiments.registry import REGISTRIES
+    parts = {o.__name__ for registry in REGISTRIES.values() for o in registry.values() if o}
+    rooms = [f'dglit.{floor}.{o.stem}' for floor in ('losses', 'methods', 'models', 'learner') for o in (ROOT/'dglit'/floor).glob('*.py')
+             if o.stem not in ('__init__', 'distributed', 'diverged')]
+    assert not (parts | {name for o in rooms for name in importlib.import_module(o).__all__}) - set(vars(dglit.all)), 'add them to dglit/all.py'
+
+
+def test_list_on_the_page_is_current():
+    from typer.testing import CliRunner
+    from dglit.cli import app
+    cell = next(c for c in cells(ROOT/'nbs/foundations/40_cli.ipynb') if "print(cli('list').output)" in ''.join(c['source']))
+    shown = ''.join(''.join(o.get('text', [])) for o in cell['outputs'])
+    assert shown.split() == CliRunner().invoke(app, ['list']).output.split(), 'run nbs/foundations/40_cli.ipynb again, its outputs saved'
+
+
 def test_losses_know_no_fastai():
     for module in (ROOT/'dglit/losses').glob('*.py'): assert 'fastai' not in module.read_text()
 

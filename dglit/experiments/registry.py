@@ -36,7 +36,7 @@ from ..data.mnist_mp import mnist_mp, mnist_plain, mnist_up
 from ..data.more_colored_mnist import colored_mnist_three, full_colored_mnist
 from ..data.rotated_mnist import rotated_mnist
 from ..data.waterbirds import waterbirds
-from ..methods.alignment import CORAL, DANN
+from ..methods.alignment import CORAL, DANN, MMD
 from ..methods.bottleneck import BIRM, IBERM
 from ..methods.cim import CIM
 from ..methods.decov import DeCov
@@ -47,6 +47,7 @@ from ..methods.irm import IRM, GroupDRO, VREx
 from ..methods.jigsaw import Jigsaw
 from ..methods.orthogonality import DoubleSoftOrthogonality
 from ..methods.mixstyle import MixStyle
+from ..methods.mixup import DomainMixup
 from ..methods.pair import PAIR
 from ..methods.rcl import RCL
 from ..methods.reconstruction import Reconstruction
@@ -73,8 +74,8 @@ MODELS = dict(convnet=ConvNet, normalized_convnet=NormalizedConvNet, mlp=MLP, ba
 METHODS = dict(erm=None, rcl=RCL, dropout=ChannelDropout, orthogonality=DoubleSoftOrthogonality, decov=DeCov,
                jigsaw=Jigsaw, reconstruction=Reconstruction, spectral_decoupling=SpectralDecoupling, rsc=RSC,
                irm=IRM, vrex=VREx, group_dro=GroupDRO, cim=CIM, vib=VIB, scl=SCL, sam=SAM, fishr=Fishr,
-               hessian=HessianAlignment, iga=IGA, iberm=IBERM, birm=BIRM, pair=PAIR, coral=CORAL, dann=DANN,
-               edges=EdgeLoss, mixstyle=MixStyle) # erm: plain training
+               hessian=HessianAlignment, iga=IGA, iberm=IBERM, birm=BIRM, pair=PAIR, coral=CORAL, mmd=MMD,
+               dann=DANN, edges=EdgeLoss, mixstyle=MixStyle, mixup=DomainMixup) # erm: plain training
 
 # %% ../../nbs/foundations/27_registry.ipynb #978c3ca7
 def fit_tenths(

@@ -45,7 +45,7 @@ def known_domains(
 # %% ../../nbs/foundations/14_domain_methods.ipynb #893d79c3
 class DomainMethod(Method):
     "A `Method` whose term may use `self.domain` [N], `self.losses(pred, y)` and `self.domain_risks()`."
-    known,whole = None,('domain',)
+    known,whole,needs = None,('domain',),'domains' # `needs`: of the data, beside labels
     def after_create(self): self.bring_taker()
     def before_fit(self):
         super().before_fit()

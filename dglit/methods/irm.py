@@ -79,6 +79,7 @@ class VREx(InvarianceMethod):
 class GroupDRO(DomainMethod):
     "Group distributionally robust optimization (Sagawa et al. 2020, Algorithm 1)."
     ids = log_q = None
+    needs = 'groups' # or domains: whatever numbers come with the examples
     def __init__(self,
         weight:float=1., # 1: the robust risk in place of the mean; 0: plain training
         step_size:float=.01 # Eta of Algorithm 1: how fast `q` moves

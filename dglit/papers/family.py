@@ -6,8 +6,9 @@ Docs: https://dglit.github.io/dglit/family/rows.html.md"""
 
 # %% auto #0
 __all__ = ['WORLD', 'BOTTLENECK', 'FAMILY_RECIPE', 'SEARCHES', 'LABELS', 'AC_CMNIST', 'FAMILY_SEARCH', 'FEW', 'FAMILY_FEW',
-           'FAMILY_PAIR', 'FAMILY_PAIR_M', 'IRM_10', 'IB_1', 'FAMILY_FULL', 'TABLES', 'family_spec', 'official',
-           'family_row', 'searched', 'with_bottleneck', 'few_digits', 'worlds', 'pair_table', 'full_row']
+           'FAMILY_PAIR', 'FAMILY_PAIR_M', 'IRM_10', 'IB_1', 'FAMILY_FULL', 'TABLES', 'RFC_WORST', 'UNIT_TESTS',
+           'family_spec', 'official', 'family_row', 'searched', 'with_bottleneck', 'few_digits', 'worlds', 'pair_table',
+           'full_row', 'rfc_row']
 
 # %% ../../nbs/family/21_rows.ipynb #9490b2e4
 from math import nan
@@ -140,3 +141,18 @@ FAMILY_FULL = Table('family-full', 'A colour for each class (CS-CMNIST)', "IB-IR
     full_row('ib-erm', 'IB-ERM', [IB_1], 71.80, .69), full_row('irm', 'IRM', [IRM_10], 61.49, 1.45),
     full_row('ib-irm', 'IB-IRM', [IRM_10, IB_1], 71.79, .70)))
 TABLES = (FAMILY_RECIPE, FAMILY_SEARCH, FAMILY_FEW, FAMILY_PAIR, FAMILY_PAIR_M, FAMILY_FULL)
+
+# %% ../../nbs/family/21_rows.ipynb #6aa281b2
+def rfc_row(*figures):
+    "A method's published figures, from five starts."
+    starts = 'rand', 'erm', 'rfc', 'frozen', 'inverse'
+    return {k: Published(*figures[2*i:2*i+2]) for i,k in enumerate(starts)}
+
+RFC_WORST = dict(irm=rfc_row(54.0, 2.4, 68.9, 1.1, 66.5, 1.5, 69.9, .6, 80.3, 2.2),
+                 vrex=rfc_row(53.1, 2.0, 69.3, .7, 70.3, .4, 69.9, .4, 84.0, 1.2),
+                 sd=rfc_row(49.8, .6, 65.5, 1.1, 69.8, .6, 70.4, .4, 81.9, 1.3),
+                 iga=rfc_row(51.8, 2.1, 50.7, 4.2, 69.4, .7, 70.0, .8, 78.5, 3.6),
+                 uncentered=rfc_row(53.9, 1.5, 69.2, .9, 70.2, .4, 69.4, .8, 82.6, 1.4),
+                 erm=rfc_row(27.3, .4, 27.3, .4, 43.4, 2.8, 35.6, 1.2, 71.7, .7))
+UNIT_TESTS = {'1': {'ERM': 13.36, 'IB-ERM': 12.96, 'IRM': 11.15, 'IB-IRM': 11.68, 'oracle': 10.42},
+              '2': {'ERM': .42, 'IB-ERM': 0., 'IRM': .45, 'IB-IRM': 0., 'oracle': 0.}}
