@@ -16,11 +16,14 @@ from dglit.experiments.tables import accuracies, crossed, runs_of, specs_of, sum
 from dglit.learner import select_epoch
 from dglit.papers import SEARCHES, TABLES
 
-DRAWN = ('colored_mnist', 'background_mnist')  # each seed draws data of its own
+DRAWN = ('colored_mnist', 'colored_mnist_three', 'background_mnist')  # each seed draws data of its own
 RESULTS = Path(__file__).parent.parent/'nbs'/'results'
 FILES = {t: f for t in TABLES if (f := RESULTS/f'{t}.jsonl').exists()}
 RUNS = {t: read_runs(f) for t, f in FILES.items()}
 ALL = [r for runs in RUNS.values() for r in runs]
+
+
+WHOLE = ('rcl-table2', 'irm-search', 'irm-colored-mnist', 'irm-risks', 'cim-search', 'cim-background-mnist')  # the others have rows that were not run
 
 
 def of(table, row): return runs_of(TABLES[table].row(row), ALL)
@@ -29,13 +32,17 @@ def of(table, row): return runs_of(TABLES[table].row(row), ALL)
 @pytest.mark.parametrize('table', FILES)
 def test_records_are_whole(table):
     "What the old records said at their rule is what is read at it now, and each belongs to the row that it was made for."
+    t = TABLES[table]
+    mine = {s.training for s in specs_of(t, 1, runs=ALL)} | {s.training for r in t.rows if hasattr(r.spec, 'missing') for s in r.spec.missing(())}
     for line, r in zip(FILES[table].read_text().splitlines(), RUNS[table]):
         old, recipe = json.loads(line), r.spec.recipe
         assert r.status == 'done' and r.spec.data['digits'] == 'mnist'
         assert [o['epoch'] for o in r.measured] == sorted({*range(0, recipe.epochs, recipe.every), recipe.epochs-1})
-        rule = dict(last='last').get(old['selection'], 'best:valid')
-        assert select_epoch(r.measured, rule) == old['selected'] and {k: r.at(rule)[k] for k in old['metrics']} == old['metrics']
-        assert r in of(old['table'], old['row']) and Run.from_json(r.to_json()) == r
+        assert r.spec.training in mine and Run.from_json(r.to_json()) == r
+        if 'selection' in old: # of schema 1
+            rule = dict(last='last').get(old['selection'], 'best:valid')
+            assert select_epoch(r.measured, rule) == old['selected'] and {k: r.at(rule)[k] for k in old['metrics']} == old['metrics']
+            assert r in of(old['table'], old['row'])
 
 
 def test_no_run_is_counted_twice(): assert len({r.spec for r in ALL}) == len(ALL)
@@ -47,8 +54,7 @@ def test_records_are_of_the_tables_own_trainings():
 
 def test_what_a_table_needs_is_what_was_run():
     "Given the searches' records, a table's trainings are those recorded for its rows; without them, the searches come first."
-    for t in map(TABLES.get, FILES):
-        assert {s.training for s in specs_of(t, 1, runs=ALL)} <= {r.spec.training for r in ALL} or t.name == 'rcl-open-points'
+    for t in map(TABLES.get, WHOLE): assert {s.training for s in specs_of(t, 1, runs=ALL)} <= {r.spec.training for r in ALL}
     searched = {s for o in SEARCHES.values() for s in o.specs()}
     for table, n in {'irm-colored-mnist': 32, 'cim-background-mnist': 30}.items():
         assert len(set(specs_of(TABLES[table], 1)) & searched) >= n and len(specs_of(TABLES[table], 1, runs=ALL)) < n
@@ -127,7 +133,7 @@ VALID = SUMMARY[SUMMARY.domain == 'valid'].set_index('row')
 
 
 def test_every_row_has_runs():
-    assert (TEST.n.drop(['erm-original', 'spectral-decoupling', 'spectral-decoupling-early']) >= 2).all() and (TEST.n >= 1).all() and (TEST.n[['erm', 'rcl-0.9', 'rcl-0.9-early', 'rcl-inf']] >= 3).all() and len(TEST) == 18
+    assert (TEST.n >= 4).all() and (TEST.n[['erm', 'dropout', 'dropout-orthogonality', 'dropout-decov', 'jigsaw']] >= 5).all()
 
 
 def test_plain_training_fails_on_grey(): assert TEST['mean']['erm'] <= 35 and VALID['mean']['erm'] > 99.5
@@ -145,15 +151,15 @@ def test_rcl_comes_first_as_published():
     m = TEST['mean'].drop('erm-original')
     assert m.idxmax() == 'rcl-inf' == TEST.published.drop('erm-original').idxmax()
     rest = m[[o for o in m.index if not o.startswith('rcl')]]
-    assert rest.idxmax() == 'jigsaw-early' and round(rest.max()) == 63 and rest.max() < 2/3*TEST['mean']['erm-original']
+    assert rest.idxmax() == 'jigsaw-early' and round(rest.max()) == 64 and rest.max() < 2/3*TEST['mean']['erm-original']
     plain, rcl = (accuracies(T2.row(o), ALL).grey for o in ('erm', 'rcl-inf'))
-    assert rcl.min() > 2*plain.max() and rcl.mean() > 2.7*plain.mean() and plain.max() < 100/3
+    assert rcl.min() > 2*plain.max() and rcl.mean() > 3*plain.mean() and plain.max() < 100/3
 
 
 def test_rivals_beat_plain_training_by_little():
     m = TEST['mean'][RIVALS]
-    assert 38 <= m.min() and m.max() <= 48.5 and m.min() > TEST['mean']['erm'] + 5
-    assert abs(TEST['mean']['reconstruction'] - TEST['mean']['erm']) < 3
+    assert 38 <= m.min() and sorted(m)[-2] < 43 and m.max() < 48 and m.min() > TEST['mean']['erm'] + 9 and m.max() < TEST['mean']['erm'] + 19
+    assert abs(TEST['mean']['reconstruction'] - TEST['mean']['erm']) < 4
     assert abs(m['dropout'] - m['dropout-orthogonality']) < 5 and abs(m['dropout'] - m['dropout-decov']) < 5
 
 
@@ -170,14 +176,25 @@ def agreeing(epochs):
 
 
 def test_rows_that_agree_and_rows_that_do_not():
-    far = {'dropout', 'dropout-decov', 'spectral-decoupling-early', 'rcl-0.8', 'rcl-0.9', 'erm-original'}
+    far = {'dropout', 'spectral-decoupling-early', 'rcl-0.8', 'erm-original'}
     assert agreeing(10) == set(TEST.index) - far
-    assert agreeing(6) == set(TEST.index) - {'rcl-0.8', 'spectral-decoupling-early'}
-    assert TEST.low['rcl-0.9'] < TEST.published['rcl-0.9'] < TEST.high['rcl-0.9'] and round(TEST.difference['rcl-0.9']) == -9
-    assert -20 < TEST.difference['rcl-0.8'] < -17 and abs(TEST['mean']['erm-original'] - 98.7) < 0.06 and VALID['mean']['erm'] > 99.84
-    assert 6 < TEST.difference['dropout'] < 8 and -6 < TEST.difference['spectral-decoupling-early'] < -3.5
-    for r in of('rcl-table2', 'spectral-decoupling'): assert r.measured[0]['valid'] > 95 and 4 < r.measured[1]['grey'] - r.measured[0]['grey'] < 8
+    assert agreeing(6) == set(TEST.index) - (far - {'erm-original'})
+    assert TEST.high['rcl-0.9'] < TEST.published['rcl-0.9'] and round(TEST.difference['rcl-0.9']) == -8
+    assert round(TEST.difference['rcl-0.8']) == -16 and round(TEST.difference['erm-original'], 1) == .8 and VALID['mean']['erm'] > 99.84
+    assert round(TEST.difference['dropout']) == 7 and round(TEST.difference['spectral-decoupling-early']) == -4
+    for r in of('rcl-table2', 'spectral-decoupling'): assert r.measured[0]['valid'] > 95 and 2.5 < r.measured[1]['grey'] - r.measured[0]['grey'] < 6.5
     for r in of('rcl-table2', 'erm-original'): assert r.measured[4]['plain'] < 97.8 < r.measured[5]['plain']
+
+
+def test_where_the_margins_go():
+    "m = 0.8 does not pass through the paper's point, and smaller margins may stand still at first."
+    for r in of('rcl-table2', 'rcl-0.8'):
+        first = r.curve[r.curve.valid >= 99.5].iloc[0]
+        assert 5 < 55.7 - first.grey < 13.5 and first.grey > r.measured[-1]['grey'] + 4
+    best = [max(zip(r.curve.grey, r.curve.valid)) for r in of('rcl-table2', 'rcl-0.8')]
+    assert sorted(g > 55.5 for g, _ in best) == [False, False, True, True] and all(v < 92 for g, v in best if g > 55.5)
+    assert sum(r.measured[1]['valid'] < 40 for row in ('rcl-0.4', 'rcl-0.6') for r in of('rcl-table2', row)) == 3
+    for row in ('rcl-0.4', 'rcl-0.6'): assert TEST['std'][row] > 1.8*TEST.published_std[row]
 
 
 def test_the_epoch_matters():
@@ -199,7 +216,7 @@ def test_readings():
 
 def test_float32_beside_bfloat16():
     (full,), half = [[o['grey'] for o in r.measured] for r in of('rcl-open-points', 'fp32-inf')], [[r.measured[e]['grey'] for r in of('rcl-table2', 'rcl-inf')] for e in range(3)]
-    assert full[0] > max(half[0]) and -13 < full[1] - min(half[1]) < -8 and abs(full[2] - min(half[2])) < 1
+    assert min(half[0]) < full[0] < max(half[0]) and round(full[1] - min(half[1])) == -9 and min(half[2]) < full[2] < max(half[2])
 
 
 def test_figure_3_shows_what_the_records_say():
