@@ -108,7 +108,7 @@ def test_degenerate_batch(name, n, zero):
     assert value.isfinite() and gradient.isfinite().all()
 
 
-@pytest.mark.parametrize('name', {*LABELLED, *OF_DOMAINS})
+@pytest.mark.parametrize('name', dict.fromkeys([*LABELLED, *OF_DOMAINS]))
 def test_labels_and_domains_in_a_column(name):
     x, y, d = a_batch()
     assert torch.equal(CASES[name](x, y[:, None], d[:, None]), CASES[name](x, y, d))
