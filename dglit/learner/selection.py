@@ -12,7 +12,7 @@ from ..core import DglitError, choose
 
 # %% ../../nbs/foundations/20_selection.ipynb #bc9f998e
 VALIDATION = ('valid','balanced','augmented') # the domains that a rule may look at
-RULES = ('last','best:valid','best:balanced','best:augmented','best:valid[worst]','early-stop@95')
+RULES = ('last','best:valid','best:balanced','best:valid[worst]','early-stop@95')
 
 # %% ../../nbs/foundations/20_selection.ipynb #fe85fd82
 def parse_rule(
