@@ -13,7 +13,7 @@ from dglit.experiments.together import NotTogether, lead_of, run_seeds, sweep_to
 from dglit.methods.core import DomainMethod
 
 SIDE_BY_SIDE = ['erm', 'rcl', 'dropout', 'orthogonality', 'decov', 'spectral_decoupling', 'irm', 'vrex', 'group_dro', 'vib', 'scl',
-                'iberm', 'birm', 'coral', 'edges'] # the list only grows
+                'iberm', 'birm', 'coral', 'mmd', 'edges', 'mixup'] # the list only grows
 
 
 @pytest.fixture(scope='module')
