@@ -16,24 +16,25 @@ from dglit.data.loaders import DomainLoaders
 from dglit.data.mnist import load_digits
 from dglit.learner import domain_learner
 from dglit.losses.birm import birm_penalty
-from dglit.losses.feature_statistics import coral_penalty, feature_variance
+from dglit.losses.feature_statistics import coral_penalty, feature_variance, mmd_penalty
 from dglit.losses.head_gradients import fishr_penalty, hessian_penalty, iga_penalty
 from dglit.losses.irm import irm_penalty
-from dglit.methods.alignment import CORAL, DANN
+from dglit.methods.alignment import CORAL, DANN, MMD
 from dglit.methods.bottleneck import BIRM, IBERM
 from dglit.methods.edges import EdgeLoss
 from dglit.methods.head_gradients import IGA, Fishr, HessianAlignment
 from dglit.methods.irm import IRM, VREx
 from dglit.methods.mixstyle import MixStyle
+from dglit.methods.mixup import DomainMixup
 from dglit.methods.pair import PAIR
 from dglit.models.mlp import MLP
 
 HEAD = dict(fishr=fishr_penalty, uncentered=partial(fishr_penalty, centered=False), iga=iga_penalty, hgp=hessian_penalty,
             diagonal=partial(hessian_penalty, curvature='diagonal'))
-FEATURE = dict(variance=feature_variance, coral=coral_penalty)
+FEATURE = dict(variance=feature_variance, coral=coral_penalty, mmd=mmd_penalty)
 METHODS = dict(fishr=Fishr, hgp=HessianAlignment, diagonal=partial(HessianAlignment, curvature='diagonal'), iga=IGA,
                hutchinson=partial(HessianAlignment, curvature='diagonal', probes=2), ib=IBERM, birm=BIRM, pair=PAIR,
-               coral=CORAL, dann=DANN, edges=EdgeLoss)
+               coral=CORAL, mmd=MMD, dann=DANN, edges=EdgeLoss, mixup=DomainMixup)
 COMPARE = [k for k in METHODS if k not in ('ib','edges')]
 adam = partial(OptimWrapper, opt=torch.optim.Adam)
 
@@ -117,7 +118,7 @@ def train(methods, dls=None, c_out=1, steps=3, model=None, **kwargs):
 
 def begun(name, weight=1.):
     "A method that acts from the first step."
-    return METHODS[name](weight, anneal_steps=0) if name not in ('coral','dann','edges') else METHODS[name](weight)
+    return METHODS[name](weight, anneal_steps=0) if name not in ('coral','mmd','dann','edges','mixup') else METHODS[name](weight)
 
 
 @pytest.mark.parametrize('name', METHODS)
@@ -137,7 +138,7 @@ def test_one_domain_is_refused(name):
 
 
 def test_they_compose():
-    every = lambda: [Fishr(1.), IGA(1.), HessianAlignment(1.), IBERM(.1), BIRM(1.), CORAL(.1), DANN(), EdgeLoss(), IRM(1.), VREx(1.)]
+    every = lambda: [Fishr(1.), IGA(1.), HessianAlignment(1.), IBERM(.1), BIRM(1.), CORAL(.1), MMD(.1), DANN(), EdgeLoss(), DomainMixup(), IRM(1.), VREx(1.)]
     a,b = train(every()), train(every()[::-1])
     assert a.isfinite().all() and torch.allclose(a, b, atol=1e-5)
 

@@ -11,7 +11,7 @@ __all__ = ['VALIDATION', 'RULES', 'parse_rule', 'select_epoch']
 from ..core import DglitError, choose
 
 # %% ../../nbs/foundations/20_selection.ipynb #bc9f998e
-VALIDATION = ('valid','balanced') # the domains that a rule may look at
+VALIDATION = ('valid','balanced','augmented') # the domains that a rule may look at
 RULES = ('last','best:valid','best:balanced','best:valid[worst]','early-stop@95')
 
 # %% ../../nbs/foundations/20_selection.ipynb #fe85fd82
