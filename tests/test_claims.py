@@ -16,11 +16,7 @@ from dglit.experiments.tables import accuracies, crossed, runs_of, specs_of, sum
 from dglit.learner import select_epoch
 from dglit.papers import SEARCHES, TABLES
 
-<<<<<<< HEAD
-DRAWN = ('colored_mnist', 'colored_mnist_three', 'background_mnist')  # each seed draws data of its own
-=======
 DRAWN = ('colored_mnist', 'background_mnist', 'colored_mnist_three', 'full_colored_mnist')  # each seed draws data of its own
->>>>>>> fam
 RESULTS = Path(__file__).parent.parent/'nbs'/'results'
 FILES = {t: f for t in TABLES if (f := RESULTS/f'{t}.jsonl').exists()}
 RUNS = {t: read_runs(f) for t, f in FILES.items()}
@@ -42,19 +38,11 @@ def test_records_are_whole(table):
         old, recipe = json.loads(line), r.spec.recipe
         assert r.status == 'done' and r.spec.data['digits'] == 'mnist'
         assert [o['epoch'] for o in r.measured] == sorted({*range(0, recipe.epochs, recipe.every), recipe.epochs-1})
-<<<<<<< HEAD
         assert r.spec.training in mine and Run.from_json(r.to_json()) == r
         if 'selection' in old: # of schema 1
             rule = dict(last='last').get(old['selection'], 'best:valid')
             assert select_epoch(r.measured, rule) == old['selected'] and {k: r.at(rule)[k] for k in old['metrics']} == old['metrics']
             assert r in of(old['table'], old['row'])
-=======
-        assert Run.from_json(r.to_json()) == r
-        if old['schema'] > 1: continue
-        rule = dict(last='last').get(old['selection'], 'best:valid')
-        assert select_epoch(r.measured, rule) == old['selected'] and {k: r.at(rule)[k] for k in old['metrics']} == old['metrics']
-        assert r in of(old['table'], old['row'])
->>>>>>> fam
 
 
 def test_no_run_is_counted_twice(): assert len({r.spec for r in ALL}) == len(ALL)
@@ -195,7 +183,7 @@ def test_rows_that_agree_and_rows_that_do_not():
     assert round(TEST.difference['rcl-0.8']) == -16 and round(TEST.difference['erm-original'], 1) == .8 and VALID['mean']['erm'] > 99.84
     assert round(TEST.difference['dropout']) == 7 and round(TEST.difference['spectral-decoupling-early']) == -4
     for r in of('rcl-table2', 'spectral-decoupling'): assert r.measured[0]['valid'] > 95 and 2.5 < r.measured[1]['grey'] - r.measured[0]['grey'] < 6.5
-    for r in of('rcl-table2', 'erm-original'): assert r.measured[4]['plain'] < 97.8 < r.measured[5]['plain']
+    for r in of('rcl-table2', 'erm-original'): assert r.measured[4]['plain'] < 97.8 <= r.measured[5]['plain']
 
 
 def test_where_the_margins_go():

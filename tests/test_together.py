@@ -13,11 +13,7 @@ from dglit.experiments.together import NotTogether, lead_of, run_seeds, sweep_to
 from dglit.methods.core import DomainMethod
 
 SIDE_BY_SIDE = ['erm', 'rcl', 'dropout', 'orthogonality', 'decov', 'spectral_decoupling', 'irm', 'vrex', 'group_dro', 'vib', 'scl',
-<<<<<<< HEAD
-                'iberm', 'birm', 'coral', 'edges', 'cim', 'fishr', 'hessian', 'iga'] # the list only grows
-=======
-                'iberm', 'birm', 'coral', 'mmd', 'edges', 'mixup'] # the list only grows
->>>>>>> fam
+                'iberm', 'birm', 'coral', 'mmd', 'edges', 'cim', 'fishr', 'hessian', 'iga', 'mixup'] # the list only grows
 
 
 @pytest.fixture(scope='module')
