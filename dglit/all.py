@@ -29,6 +29,7 @@ from dglit.experiments.search import *
 from dglit.experiments.spec import *
 from dglit.experiments.sweep import *
 from dglit.experiments.tables import *
+from dglit.learner.augmented import *
 from dglit.learner.averaging import *
 from dglit.learner.groups import *
 from dglit.learner.learner import *
