@@ -117,9 +117,10 @@ def masked(width, depth):
                          cim_spec('cim', **o, width=width, depth=depth, **TEN))
 
 CIM_TEN_SEARCH = Table('cim-ten-search', 'What CIM depends on with ten classes, at α = 1', 'nowhere', (
-    *(ground_row(f'erm-lr-{lr:g}', f'Plain training, learning rate {lr:g}', cim_spec(lr=lr, **TEN))
+    *(ground_row(f'erm-lr-{lr:g}', f'Plain training, 8 epochs at {lr:g}', cim_spec(lr=lr, **TEN))
       for lr in LR),
-    *(ground_row(f'erm-{n}-epochs', f'Plain training, {n} epochs', cim_spec(epochs=n, **TEN)) for n in (12,20)),
+    *(ground_row(f'erm-{n}-epochs', f'Plain training, {n} epochs at 0.001', cim_spec(epochs=n, **TEN))
+      for n in (10,12,20)),
     ground_row('mask', 'Mask only (λ = 0)', cim_spec('cim', weight=0., **TEN)),
     *cim_rows(TEN_SEARCHES['cim']),
     *searched(TEN_SEARCHES['vib'], 'vib-{}', 'VIB, β = {}'),
