@@ -14,6 +14,7 @@ from dglit.experiments.run import fit, learner_of
 from dglit.experiments.spec import options_of
 from dglit.learner.groups import repeat_wrong, retrain_last_layer
 from dglit.learner.measuring import evaluate
+from dglit.models.backbone import features_of
 from dglit.papers.photographs import RECIPES, SEARCHES, birds_spec
 
 STRENGTHS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.)
@@ -25,27 +26,24 @@ def accuracies(model, x, y, g):
     return [round(100*right[g == k].double().mean().item(), 4) for k in g.unique()]
 
 
-def whole(dl):
-    "All of a loader's images at once, as floats, with classes and groups."
-    return tuple(map(torch.cat, zip(*dl.new(shuffle=False, augment=False, balanced=False))))
-
-
 def refitted(learn, seed):
     "The last layer fitted to one half of the validation images at each strength, the other half picks; then to all."
-    x, y, g = whole(learn.dls.valid)
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
+    body, model = learn.model.body, learn.model.head.cpu().eval()
+    x, y, g = features_of(body, learn.dls.valid)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     a, b = order[::2], order[1::2]
-    model = learn.model.eval()
     tried = {C: min(accuracies(retrain_last_layer(model, x[a], y[a], g[a], C, seed=seed), x[b], y[b], g[b])) for C in STRENGTHS}
     C = max(tried, key=tried.get)
-    groups = accuracies(retrain_last_layer(model, x, y, g, C, seed=seed), *whole(learn.dls.tests['test']))
+    groups = accuracies(retrain_last_layer(model, x, y, g, C, seed=seed), *features_of(body, learn.dls.tests['test']))
+    learn.model.head.to(learn.dls.device)
     return dict(C=C, half_worst=tried[C], groups=groups, worst=min(groups))
 
 
 def dfr(records, seed, changes):
-    plain = replace(SEARCHES['erm'].pick(read_runs(records), **changes), seed=seed)
+    plain = replace(birds_spec() if records == 'none' else SEARCHES['erm'].pick(read_runs(records), **changes), seed=seed)
     learn = learner_of(plain, 'best:valid[worst]')
     yield dict(method='dfr', after='no training', seed=seed, **refitted(learn, seed))
+    if records == 'none': return
     run = fit(learn, plain)
     yield dict(method='dfr', after='plain training', seed=seed, plain=run.at('best:valid[worst]'), **refitted(learn, seed))
 

@@ -122,6 +122,7 @@ def progress(epochs):
         yield f'({int(left//60)}:{int(left%60):02} left)'
     while True: yield ''
 
+# %% ../nbs/foundations/40_cli.ipynb #29a0c875
 @app.command()
 def train(
     data: DATA = 'mnist_mp', model: MODEL = 'convnet', method: METHOD = [], set_: SET = [], seed: SEED = 0,
@@ -263,6 +264,7 @@ def compare(searches, runs):
     for k,(o,_,_) in found.items(): print(f'{k}: {o}')
     print(f'\nby {by}: {table.index[0]}. One seed of each draw: run the first few again with other seeds')
 
+# %% ../nbs/foundations/40_cli.ipynb #c1b9ae46
 @app.command()
 def search(
     name: SEARCHED = '',

@@ -499,3 +499,28 @@ def test_the_papers_figures_are_in_the_tables():
     assert published('cim-celeba', 'cim', 'test[worst]') == 81.25 and published('cim-vlcs', 'both-sun', 'SUN') == 70.13
     assert [published('cim-imagenet9', 'vib', o) for o in ('original', 'mixed_same', 'mixed_rand')] == [97.4, 89.9, 80.5]
     assert TABLES['cim-vlcs'].row('cim-pascal').spec.model['name'] == 'resnet18' and TABLES['cim-celeba'].row('cim').spec.model['name'] == 'resnet50'
+
+
+# the commands
+
+def test_train_evaluate_search_on_a_folder_of_ones_own(shapes, tmp_path):
+    "A table of groups before, a saved network after; asked about new images, it says of each file what it is, and where labels are known how often it is right."
+    from typer.testing import CliRunner
+    from dglit.cli import app
+    def dglit(*args):
+        result = CliRunner().invoke(app, list(map(str, args)), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+    shapes()
+    table, where = shapes.table, shapes.folder/'images.csv'
+    data = [f'--set={o}' for o in (f'folder={shapes.folder}', 'group=group', 'split=part', 'size=32', 'bs=8', 'epochs=2', 'precision=fp32')]
+    common = ['--data=image_groups', *data, '--model=backbone', '--set=name=test_resnet']
+    text = dglit('train', *common, '--method=vib', '--rule=best:valid[worst]', '--out', tmp_path/'out')
+    assert 'a red' in text and 'train  valid  test' in text and 'steps are few to learn from' in text and ' left)' in text
+    record = next((tmp_path/'out').glob('*.json'))
+    text = dglit('evaluate', record, where, '--out', tmp_path/'p.csv')
+    found = pd.read_csv(tmp_path/'p.csv')
+    assert len(found) == len(table) and set(found.prediction) <= set(table.label) and found.confidence.between(0, 1).all()
+    assert any(o.startswith('all ') for o in text.splitlines()) and 'worst' in text
+    text = dglit('search', *common, '--each=erm,vib', '--space=lr=1e-3..1e-2', '--space=vib.beta=1e-4..1e-2', '--draws=1', '--rule=best:valid[worst]', '--by=valid[worst]', '--out', tmp_path/'runs')
+    assert 'by valid[worst]: ' in text and 'vib: Spec(' in text

@@ -65,7 +65,7 @@ def network_of(
     if not {'size','resize'} <= set(settings_of(spec.data.name, 'dataset')):
         raise DglitError(f'{record} is of {spec.data.name}, which is no folder of images')
     if not (weights/'description.json').is_file():
-        raise DglitError(f'{weights} has no weights: train with --out, and keep that folder beside the record')
+        raise DglitError(f'{weights} has no weights: train with --out, and keep them beside the record')
     classes = json.loads((weights/'description.json').read_text(encoding='utf-8'))['classes']
     images,_ = pack_images(files, spec.data['size'], spec.data['resize'], cache, rows=rows)
     dl = PhotoLoader(TensorDataset(images, torch.zeros(len(images), dtype=torch.long)), bs=128, vocab=classes)

@@ -82,7 +82,8 @@ BIRDS = Table('birds', 'Birds before land and water', 'nowhere', (
 
 # %% ../../nbs/photographs/10_rows.ipynb #d052ee97
 OUT_METHODS = dict(erm=('Plain training', 'erm', {}), cim=('CIM', 'cim', dict(weight=.01)),
-                   vib=('VIB', 'vib', dict(beta=1e-3)), both=('CIM + VIB', 'cim+vib', dict(weight=.01, beta=1e-3)))
+                   vib=('VIB', 'vib', dict(beta=1e-3)),
+                   both=('CIM + VIB', 'cim+vib', dict(weight=.01, beta=1e-3)))
 
 def pacs_row(key, test):
     "A row on PACS with one domain left out."

@@ -1,0 +1,55 @@
+"""Milliseconds of a training step on images of 128 pixels, for EfficientNet-Lite0 and ResNet-18: plain training, VIB, SCL, CIM, GroupDRO on the same batches, in turn.
+Prints the median of each and of its ratio to plain training's in the same round; FILE gets a line for each network, method and round.
+Usage: python benchmarks/photos.py [batch size [steps [rounds [FILE.csv]]]]"""
+import statistics, sys, time
+
+import pandas as pd
+import torch
+from fastai.callback.core import Callback, CancelFitException
+
+from dglit.core import keep_memory
+from dglit.experiments.run import learner_of
+from dglit.experiments.spec import Spec
+
+NETWORKS = 'efficientnet_lite0', 'resnet18'
+CONTENDERS = {'plain training': ('erm', {}), 'VIB': ('vib', {}), 'SCL': ('scl', {}), 'mask alone': ('cim', dict(weight=0.)), 'CIM': ('cim', dict(weight=.01)),
+              'CIM + VIB': ('cim+vib', dict(weight=.01)), 'GroupDRO': ('group_dro', {})}
+FIRST = 2  # steps that are not timed
+
+
+class Steps(Callback):
+    "Times the steps after the first ones, and ends."
+    order = 100
+
+    def __init__(self, steps): self.steps = steps
+
+    def before_batch(self):
+        if not self.training: return
+        if self.dls.device.type == 'cuda': torch.cuda.synchronize()
+        if self.iter == FIRST: self.start = time.perf_counter()
+        if self.iter == FIRST + self.steps:
+            self.seconds = (time.perf_counter() - self.start)/self.steps
+            raise CancelFitException
+
+
+def main():
+    bs, steps, rounds, file = (sys.argv[1:] + ['16', '5', '3', ''][len(sys.argv)-1:])[:4]
+    keep_memory()
+    lines = []
+    for name in NETWORKS:
+        learners = {k: learner_of(Spec('photo_digits', 'backbone', m, size=128, name=name, bs=int(bs), precision='fp32', **s)) for k, (m, s) in CONTENDERS.items()}
+        for i in range(int(rounds)):
+            for k, learn in learners.items():
+                with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=(clock := Steps(int(steps))))
+                lines.append(dict(network=name, method=k, round=i, ms=1000*clock.seconds))
+            plain = next(o['ms'] for o in lines if (o['network'], o['round'], o['method']) == (name, i, 'plain training'))
+            for o in lines:
+                if (o['network'], o['round']) == (name, i): o['ratio'] = o['ms']/plain
+        for k in CONTENDERS:
+            mine = [o for o in lines if (o['network'], o['method']) == (name, k)]
+            print(f"{name:20} {k:16} {statistics.median(o['ms'] for o in mine):8.1f} ms   {statistics.median(o['ratio'] for o in mine):.2f} times plain training", flush=True)
+    if file: pd.DataFrame(lines).round(3).to_csv(file, index=False)
+    print(f'batches of {bs}, 128 pixels, {learners["CIM"].dls.device}, {torch.get_num_threads()} threads')
+
+
+if __name__ == '__main__': main()
