@@ -1,6 +1,7 @@
 """RFC's table: five starts, six ways on from each, the worst of three tests; a JSON file a training, which is not done twice.
 
-Usage: python benchmarks/rich_features.py FOLDER [--jobs 1] [--seeds 5] [--n N] [--divide 1] [--digits mnist]"""
+Usage: python benchmarks/rich_features.py FOLDER [--jobs 1] [--seeds 5] [--n N] [--divide 1] [--digits mnist], and then
+python benchmarks/rich_features.py FOLDER --csv nbs/results: what the folder holds as the page's two tables."""
 import argparse, json, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -120,11 +121,27 @@ def begin():
     if torch.cuda.is_available(): torch.set_float32_matmul_precision('high')
 
 
+def write_tables(folder, results):
+    "Curves, thinned out, and what the rounds of discovery answer."
+    import pandas as pd
+    order, curves, rounds = list(COLUMNS), [], {}
+    found = sorted((json.loads(f.read_text()) for f in Path(folder).glob('*.json')), key=lambda o: (order.index(o['column']), o['method'], o['seed']))
+    for o in found:
+        every = 50 if o['steps'] < 1500 else 100 if o['steps'] < 4000 else 500
+        kept = [r for r in o['curve'] if r[0] % every == 0 or r[0] == o['steps'] - 1]
+        curves += [dict(column=o['column'], method=o['method'], seed=o['seed'], step=r[0], train=r[1], **dict(zip(o['tests'], r[2:]))) for r in kept]
+        world = COLUMNS[o['column']]
+        if o['alone']: rounds[world, o['seed']] = dict(world=world, seed=o['seed'], round1=o['rounds'][0], round2=o['rounds'][1], **o['alone'])
+    pd.DataFrame(curves).to_csv(Path(results)/'family-rich-features.csv', index=False)
+    pd.DataFrame(rounds.values()).to_csv(Path(results)/'family-rounds.csv', index=False)
+
+
 def main():
     p = argparse.ArgumentParser()
-    p.add_argument('folder'); p.add_argument('--digits', default='mnist'); p.add_argument('--weight', type=float, default=1e4)
+    p.add_argument('folder'); p.add_argument('--digits', default='mnist'); p.add_argument('--csv'); p.add_argument('--weight', type=float, default=1e4)
     for k, v in dict(jobs=1, seeds=5, n=None, divide=1).items(): p.add_argument(f'--{k}', type=int, default=v)
     args = p.parse_args()
+    if args.csv: return write_tables(args.folder, args.csv)
     Path(args.folder).mkdir(parents=True, exist_ok=True)
     seeds, lost = range(args.seeds), 0
     with ProcessPoolExecutor(args.jobs, get_context('spawn'), begin) as pool:
