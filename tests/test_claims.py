@@ -36,7 +36,7 @@ def test_records_are_whole(table):
     mine = {s.training for s in specs_of(t, 1, runs=ALL)} | {s.training for r in t.rows if hasattr(r.spec, 'missing') for s in r.spec.missing(())}
     for line, r in zip(FILES[table].read_text().splitlines(), RUNS[table]):
         old, recipe = json.loads(line), r.spec.recipe
-        assert r.status == 'done' and r.spec.data['digits'] == 'mnist'
+        assert r.status == 'done' and (table == 'birds' or r.spec.data['digits'] == 'mnist')
         assert [o['epoch'] for o in r.measured] == sorted({*range(0, recipe.epochs, recipe.every), recipe.epochs-1})
         assert r.spec.training in mine and Run.from_json(r.to_json()) == r
         if 'selection' in old: # of schema 1
@@ -49,7 +49,7 @@ def test_no_run_is_counted_twice(): assert len({r.spec for r in ALL}) == len(ALL
 
 
 def test_records_are_of_the_tables_own_trainings():
-    for t in FILES: assert variants(TABLES[t], ALL, TABLES.values()) == [{}]
+    for t in {*FILES} - {'birds'}: assert variants(TABLES[t], ALL, TABLES.values()) == [{}] # rows of birds differ in the recipe, too
 
 
 def test_what_a_table_needs_is_what_was_run():
@@ -63,7 +63,9 @@ def test_what_a_table_needs_is_what_was_run():
 def test_runs_saw_the_same_data():
     "One fingerprint for each dataset and setting, over all seeds and methods; for each seed where seeds draw data of their own."
     seen = {}
-    for r in ALL: seen.setdefault((r.spec.data, r.spec.seed if r.spec.data.name in DRAWN else 0), set()).add(r.data_hash)
+    digits = [r for r in ALL if r.spec.data.name != 'waterbirds']
+    assert len({r.data_hash for r in ALL} - {r.data_hash for r in digits}) == 1
+    for r in digits: seen.setdefault((r.spec.data, r.spec.seed if r.spec.data.name in DRAWN else 0), set()).add(r.data_hash)
     assert all(len(o) == 1 for o in seen.values()) and len({next(iter(o)) for o in seen.values()}) == len(seen)
 
 
@@ -183,7 +185,7 @@ def test_rows_that_agree_and_rows_that_do_not():
     assert round(TEST.difference['rcl-0.8']) == -16 and round(TEST.difference['erm-original'], 1) == .8 and VALID['mean']['erm'] > 99.84
     assert round(TEST.difference['dropout']) == 7 and round(TEST.difference['spectral-decoupling-early']) == -4
     for r in of('rcl-table2', 'spectral-decoupling'): assert r.measured[0]['valid'] > 95 and 2.5 < r.measured[1]['grey'] - r.measured[0]['grey'] < 6.5
-    for r in of('rcl-table2', 'erm-original'): assert r.measured[4]['plain'] <= 97.8 <= r.measured[5]['plain']
+    for r in of('rcl-table2', 'erm-original'): assert r.measured[3]['plain'] < 97.8 <= r.measured[5]['plain']
 
 
 def test_where_the_margins_go():
