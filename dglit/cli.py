@@ -14,6 +14,7 @@ __all__ = ['app', 'DATA', 'MODEL', 'METHOD', 'SET', 'SEED', 'RULE', 'BY', 'FOR_A
 # %% ../nbs/foundations/40_cli.ipynb #486d36ef
 import os, sys, warnings
 from typing import Annotated
+from unicodedata import category
 
 import typer
 
@@ -378,6 +379,8 @@ def main():
     warnings.filterwarnings('ignore', category=FutureWarning) # of the libraries, on import
     for o in (sys.stdout, sys.stderr):
         if hasattr(o, 'reconfigure'): o.reconfigure(errors='replace') # not every encoding has α, ∞ and −
+    odd = [o for o in sys.argv[1:] if any(category(c) in ('Cc','Cf') for c in o)]
+    if odd: print(f'dglit: {odd[0]!a}: it holds characters that do not show', file=sys.stderr); sys.exit(2)
     try: app()
     except SystemExit as e:
         if e.code != 130: raise

@@ -483,7 +483,7 @@ def test_tables_run_to_the_end(tmp_path, cache, monkeypatch, table, folder, rows
     from dglit.experiments.record import read_runs
     official_folders(tmp_path/'data')
     monkeypatch.setenv('DGLIT_DATA', str(tmp_path/'data'))
-    reproduce(table, str(tmp_path/'out'), 1, 1, rows, [*TINY, f'folder={folder}'], 'processes', '', False)
+    reproduce([table], str(tmp_path/'out'), 1, 1, rows, [*TINY, f'folder={folder}'], 'processes', '', False)
     runs = read_runs(tmp_path/'out')
     assert runs and all(r.status == 'done' for r in runs)
     assert str(tmp_path) not in ''.join(o.read_text() for o in (tmp_path/'out').glob('*.json'))

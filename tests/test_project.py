@@ -33,7 +33,7 @@ def test_export_is_current(tmp_path):
 
 FLOORS = ['core', 'style', 'data', 'models', 'losses', 'methods', 'learner', 'experiments', 'papers', 'cli']
 MAY = dict(core=[], style=[], data=['core'], models=['core'], losses=['core'], methods=['core','models','losses'], learner=['core','data','models','methods'],
-           experiments=['core','style','data','models','methods','learner'], papers=['core','experiments'], cli=['core','learner','experiments','papers'])
+           experiments=['core','style','data','models','methods','learner'], papers=['core','data','experiments'], cli=['core','data','learner','experiments','papers'])
 
 
 @pytest.mark.parametrize('module', [o for o in MODULES if o.name not in ('__init__.py','all.py','_modidx.py')], ids=lambda o: str(o.relative_to(ROOT)))

@@ -91,7 +91,7 @@ class Fields:
 
     def take(self, name, good, what):
         "The field of that name, if it is what it should be."
-        if name not in self.left: raise DglitError(f"{self.whose} lacks {name!r}")
+        if name not in self.left: raise DglitError(f"{self.whose} lacks {shown(repr(name)[:60])}")
         value = self.left.pop(name)
         if not good(value):
             raise DglitError(f"{name!r} of {self.whose} is {shown(repr(value)[:60])}: needed {what}")

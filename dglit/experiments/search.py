@@ -14,6 +14,7 @@ from math import inf, log10
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..core import DglitError
 from .spec import Spec
@@ -80,19 +81,22 @@ class Search:
                                   **(r.at(self.rule) if r.status == 'done' else {}))
                              for i,(o,r) in enumerate(found) if r])
 
-    def pick(self, runs, **changes) -> Spec:
-        "The training that the rule picks."
-        return self.best(self.by, runs, **changes)
-
-    def best(self, domain, runs, **changes) -> Spec: # the first of equals
-        draws = self.draws(runs, **changes)
-        if left := sum(r is None for r in draws.values()):
-            raise DglitError(f"{left} of the search's {len(draws)} trainings have no record: run them first")
-        accuracy = {s: r.at(self.rule)[domain] for s,r in draws.items() if r.status == 'done'}
-        if not accuracy: raise DglitError("every training of the search diverged: give it another space")
-        return max(accuracy, key=accuracy.get)
-
     def then(self, **changes): return Picked(self, changes)
+
+# %% ../../nbs/foundations/35_search.ipynb #p1ckbe57
+@patch
+def pick(self:Search, runs, **changes) -> Spec:
+    "The training that the rule picks."
+    return self.best(self.by, runs, **changes)
+
+@patch
+def best(self:Search, domain, runs, **changes) -> Spec: # the first of equals
+    draws = self.draws(runs, **changes)
+    if left := sum(r is None for r in draws.values()):
+        raise DglitError(f"{left} of the search's {len(draws)} trainings have no record: run them first")
+    accuracy = {s: r.at(self.rule)[domain] for s,r in draws.items() if r.status == 'done'}
+    if not accuracy: raise DglitError("every training of the search diverged: give it another space")
+    return max(accuracy, key=accuracy.get)
 
 # %% ../../nbs/foundations/35_search.ipynb #fbff14e6
 @dataclass(frozen=True)
