@@ -3,6 +3,7 @@ from dataclasses import replace
 from inspect import signature
 
 import pytest, torch
+from card import CARD, a_card
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dglit.data.mnist import Digits
@@ -112,3 +113,12 @@ def test_a_sweep(few, tmp_path):
     assert len(list(tmp_path.glob('*.json'))) == 4
     again = sweep_together(specs, tmp_path, lambda *a: done.append(a), digits=few)
     assert len(done) == 4 and [o.measured for o in again] == [o.measured for o in runs]
+
+
+@pytest.mark.parametrize('name', ['erm', 'irm', 'vib', 'cim'])
+def test_on_a_card(few, name):
+    "The first real card showed that weights were stacked before they were there."
+    spec, said = spec_of(name), []
+    here = run_seeds(spec, (0, 7), digits=few)
+    with a_card(): there = run_seeds(spec, (0, 7), said.append, digits=few, device=CARD)
+    assert not said and differ(there, here) < 1e-5
