@@ -165,7 +165,7 @@ def test_figures_grey_is_legible_on_the_page(browser, scheme):
 
 @needs_browser
 @pytest.mark.parametrize('query,href', [('margin', 'rcl/loss'), ('75%', 'irm/colored_mnist'), ('table 2', 'rcl/table2'),
-                                        ('reproduce table 2 cluster', 'foundations/sweep'), ('multi GPU', 'foundations/several_cards'),
+                                        ('reproduce table 2 cluster', 'guides/gpu_and_cluster'), ('multi GPU', 'foundations/several_cards'),
                                         ('cost memory time', 'foundations/precision'), ('CSV images group', 'guides/own_images')])
 def test_the_search_finds(browser, query, href):
     page, wrong = opened(browser, f'search.html?q={quote(query)}', 1300)
