@@ -151,7 +151,8 @@ def test_ctrl_c(tmp_path, command):
     "One sentence, exit 130, nothing left over; in the demo no abort of its threads."
     code = CTRL_C[command[0]] + 'from dglit.cli import main; main()'
     p = subprocess.Popen([sys.executable, '-c', code, *command, '--out', str(tmp_path/'out')], stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE, text=True, start_new_session=True)
+                         stderr=subprocess.PIPE, text=True, start_new_session=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # which a program in the background ignores
     line = p.stdout.readline()                                                   # of the demo: it trains; of the sweep: the first run
     os.killpg(p.pid, signal.SIGINT)
     out, err = p.communicate(timeout=60)
