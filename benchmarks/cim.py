@@ -19,16 +19,16 @@ CONTENDERS = {'plain training': ('erm', {}), 'VIB': ('vib', {}), 'SCL, triplets 
 
 
 class Steps(Callback):
-    "Times the steps after the first ten, and ends."
+    "Times the steps after the first ones, and ends."
     order = 100
 
-    def __init__(self, steps): self.steps = steps
+    def __init__(self, steps, first=10): self.steps, self.first = steps, first
 
     def before_batch(self):
         if not self.training: return
         if self.dls.device.type == 'cuda': torch.cuda.synchronize()
-        if self.iter == 10: self.start = time.perf_counter()
-        if self.iter == 10 + self.steps:
+        if self.iter == self.first: self.start = time.perf_counter()
+        if self.iter == self.first + self.steps:
             self.seconds = (time.perf_counter() - self.start)/self.steps
             raise CancelFitException
 

@@ -1,11 +1,11 @@
 """Milliseconds of a training step on images of 128 pixels, for EfficientNet-Lite0 and ResNet-18: plain training, VIB, SCL, CIM, GroupDRO on the same batches, in turn.
 Prints the median of each and of its ratio to plain training's in the same round; FILE gets a line for each network, method and round.
 Usage: python benchmarks/photos.py [batch size [steps [rounds [FILE.csv]]]]"""
-import statistics, sys, time
+import statistics, sys
 
 import pandas as pd
 import torch
-from fastai.callback.core import Callback, CancelFitException
+from cim import Steps
 
 from dglit.core import keep_memory
 from dglit.experiments.run import learner_of
@@ -17,21 +17,6 @@ CONTENDERS = {'plain training': ('erm', {}), 'VIB': ('vib', {}), 'SCL': ('scl', 
 FIRST = 2  # steps that are not timed
 
 
-class Steps(Callback):
-    "Times the steps after the first ones, and ends."
-    order = 100
-
-    def __init__(self, steps): self.steps = steps
-
-    def before_batch(self):
-        if not self.training: return
-        if self.dls.device.type == 'cuda': torch.cuda.synchronize()
-        if self.iter == FIRST: self.start = time.perf_counter()
-        if self.iter == FIRST + self.steps:
-            self.seconds = (time.perf_counter() - self.start)/self.steps
-            raise CancelFitException
-
-
 def main():
     bs, steps, rounds, file = (sys.argv[1:] + ['16', '5', '3', ''][len(sys.argv)-1:])[:4]
     keep_memory()
@@ -40,7 +25,7 @@ def main():
         learners = {k: learner_of(Spec('photo_digits', 'backbone', m, size=128, name=name, bs=int(bs), precision='fp32', **s)) for k, (m, s) in CONTENDERS.items()}
         for i in range(int(rounds)):
             for k, learn in learners.items():
-                with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=(clock := Steps(int(steps))))
+                with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=(clock := Steps(int(steps), FIRST)))
                 lines.append(dict(network=name, method=k, round=i, ms=1000*clock.seconds))
             plain = next(o['ms'] for o in lines if (o['network'], o['round'], o['method']) == (name, i, 'plain training'))
             for o in lines:
