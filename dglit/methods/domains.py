@@ -39,7 +39,7 @@ def known_domains(
     dl # A loader of dglit's, whose data have domains; of another, they are not known
 ) -> Tensor|None: # int64 [E], ascending
     "The domains of all of a loader's data."
-    tensors = getattr(dl.dataset, 'tensors', ())
+    tensors = getattr(getattr(dl, 'dataset', None), 'tensors', ())
     return tensors[2].flatten().unique() if len(tensors) > 2 else None
 
 # %% ../../nbs/foundations/14_domain_methods.ipynb #893d79c3
