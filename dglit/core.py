@@ -6,7 +6,7 @@ Docs: https://dglit.github.io/dglit/foundations/core.html.md"""
 
 # %% auto #0
 __all__ = ['DglitError', 'DataError', 'choose', 'shown', 'reason', 'set_seed', 'generator', 'draw', 'at_least_float32',
-           'one_each', 'whole_numbers', 'write_whole', 'room', 'read_text', 'keep_memory']
+           'one_each', 'whole_numbers', 'of_class', 'write_whole', 'room', 'read_bytes', 'read_text', 'keep_memory']
 
 # %% ../nbs/foundations/00_core.ipynb #e1aecf65
 import ctypes, difflib, hashlib, os, random, stat, sys, tempfile, uuid
@@ -20,6 +20,10 @@ from torch import Tensor
 # %% ../nbs/foundations/00_core.ipynb #918231db
 class DglitError(ValueError):
     "Something dglit was given cannot work: the message names it, what is needed, and the remedy."
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.says = shown(args[0]) if args else ''
+    def __str__(self): return self.says # of `args` fastai makes "Exception occured in ..."
 
 # %% ../nbs/foundations/00_core.ipynb #28346dd2
 class DataError(DglitError):
@@ -104,12 +108,25 @@ def whole_numbers(
 ) -> Tensor: # int64 [N]
     "A whole number for each of `n` examples; a `DglitError` for what is none."
     v = one_each(values, n, kind)
+    if v.is_complex(): raise DglitError(f"{kind} in {v.dtype}: needed whole numbers")
     if v.is_floating_point():
         whole = (v == v.round()) & (v.abs() <= 2/torch.finfo(v.dtype).eps) # above that its neighbours are one
         if not whole.all():
             raise DglitError(f"{kind}: {v[~whole][0].item()} in {v.dtype}, needed whole numbers "
                              "that the type tells apart: give integers")
     return v.long()
+
+# %% ../nbs/foundations/00_core.ipynb #ofc1a550
+def of_class(
+    values:Tensor, # Of each example and class [N,K]
+    labels:Tensor # Classes [N] or [N,1]: integers, bool, or floats that are whole numbers
+) -> Tensor: # [N]
+    "Each example's value for its own class; nothing waits to find out whether there is such a class."
+    y = whole_numbers(labels, len(values))
+    try: return values.gather(1, y[:,None])[:,0]
+    except RuntimeError as e:
+        raise DglitError(f"labels outside 0 to {values.shape[1]-1}: there are {values.shape[1]} outputs") from e
+
 
 # %% ../nbs/foundations/00_core.ipynb #20890fa0
 def write_whole(
@@ -156,17 +173,25 @@ def room(
     return Path(folder)
 
 # %% ../nbs/foundations/00_core.ipynb #5d5ef861
+def read_bytes(
+    path, # Of a file, or of a link to one
+    most:int=2**28 # In bytes
+) -> bytes:
+    "What is in a regular file; a `DataError` for what is none: a folder, a pipe, a device."
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode): raise OSError('it is no regular file')
+        if found.st_size > most: raise OSError(f'it has {found.st_size} bytes, more than {most}')
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as e: raise DataError(f"cannot read {path}: {reason(e)}") from e
+
 def read_text(
     path, # Of a file, or of a link to one
     most:int=2**28 # In bytes
 ) -> str:
     "The text of a regular file in UTF-8; a `DataError` for what is none."
-    try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode): raise OSError('it is no regular file')
-        if found.st_size > most: raise OSError(f'it has {found.st_size} bytes, more than {most}')
-        return Path(path).read_bytes().decode()
-    except (OSError, ValueError) as e: raise DataError(f"cannot read {shown(path)}: {reason(e)}") from e
+    try: return read_bytes(path, most).decode()
+    except UnicodeDecodeError as e: raise DataError(f"cannot read {path}: {reason(e)}") from e
 
 # %% ../nbs/foundations/00_core.ipynb #becc89ed
 def keep_memory() -> bool: # Whether the C library listens (glibc does)

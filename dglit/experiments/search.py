@@ -26,6 +26,7 @@ def between(
     high:float # The greatest
 ): # A function of a generator
     "Draws evenly: whole numbers if both are whole; the logarithm of numbers above 0; else numbers."
+    if not -inf < low < high < inf: raise DglitError(f"from {low} to {high}: needed the lesser number first")
     if isinstance(low, int) and isinstance(high, int): return lambda rng: int(rng.integers(low, high + 1))
     if low > 0: return lambda rng: 10**rng.uniform(log10(low), log10(high))
     return lambda rng: rng.uniform(low, high)
@@ -40,8 +41,8 @@ def settings_tried(
     if not isinstance(space, dict): return list(space)
     drawn = [k for k,o in space.items() if callable(o)]
     if not drawn: return [dict(zip(space, o)) for o in product(*space.values())]
-    if not n or n < 1:
-        raise DglitError(f"{', '.join(drawn)} are drawn, {n} times: needed a number of draws, 1 or more")
+    if not isinstance(n, int) or not 1 <= n <= 10**5:
+        raise DglitError(f"{', '.join(drawn)} are drawn, {n} times: needed a number of draws, 1 to 100000")
     rng = np.random.default_rng(seed)
     return [{k: o(rng) if callable(o) else o[rng.integers(len(o))] for k,o in space.items()}
             for _ in range(n)]
