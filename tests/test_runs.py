@@ -325,7 +325,13 @@ def test_a_search_draws_the_same_again_and_picks_by_validation(few):
     assert s.specs() == s.specs() and len({o.recipe.lr for o in s.specs()}) == 3 and replace(s, seed=1).specs() != s.specs()
     runs = [run(replace(o, epochs=1), digits=few) for o in s.specs()]
     pick = s.pick(runs, epochs=1)
+    with pytest.raises(DglitError, match=r"unknown domain 'valid\[worst\]'.*There are: .*valid"): replace(s, by='valid[worst]').pick(runs, epochs=1)
     assert pick in [r.spec for r in runs] and max(r.at('last')['valid'] for r in runs) == next(r for r in runs if r.spec == pick).at('last')['valid']
+
+
+@pytest.mark.parametrize('ends', [(2, 1), (1, 1), (nan, 1.), (1., nan), (1., inf), (-inf, 1.)])
+def test_ends_that_hold_nothing_between_them(ends):
+    with pytest.raises(DglitError, match='the lesser first'): between(*ends)
 
 
 @pytest.mark.parametrize('name', SEARCHES)

@@ -13,6 +13,7 @@ from contextlib import suppress
 import torch
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
+from fastai.torch_core import default_device
 from torch import Tensor
 
 from ..core import DglitError
@@ -28,7 +29,7 @@ def outputs_on(
     "A look at what a network says."
     here = next(model.parameters(), xs[0]).device
     with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluating(model):
-        return model(*(x.to(here) for x in xs)).cpu()
+        return model(*(x.to(here) for x in xs))
 
 def check_batch(
     dls, # `DataLoaders`
@@ -42,14 +43,15 @@ def check_batch(
     batch,n = first_batch(dls),getattr(dls, 'n_inp', 1)
     if len(batch) - n not in (1,2):
         raise DglitError(f"batches of {len(batch)} tensors: needed (x, y) or (x, y, domain)")
-    y = batch[n].as_subclass(Tensor).cpu()
+    here = getattr(dls, 'device', None) or default_device()
+    y = batch[n].as_subclass(Tensor).to(here)
     if y.is_floating_point() and not (y == y.round()).all():
         some = y[y != y.round()][0].item()
         raise DglitError(f"targets such as {some:g} are no classes, and accuracy counts classes: "
                          "use fastai's own Learner, with any method, for regression")
     some = slice(None, None, max(len(y)//8, 1)) # a look at a few is enough
     try:
-        z = outputs_on(model, *(x[some] for x in batch[:n]))
+        z = outputs_on(model, *(x[some] for x in batch[:n])).to(here)
         if not any_odd(z, y): return loss_func(z, y[some])
     except DglitError: raise
     except Exception as e:

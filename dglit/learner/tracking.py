@@ -82,8 +82,9 @@ def by_group(
     names=None # Names of the domains 0, 1, ..., if they have names
 ) -> dict: # `name`; with two groups or more also 'name[group]' of each and 'name[worst]' -> bool [n]
     "The answers on a loader, those in each of its groups, and those in the worst."
+    right = right.cpu() # where there are 64 bits: not every card has them
     if domains is None: return {name: right}
-    d = whole_numbers(domains, len(right), f'{name}: domains')
+    d = whole_numbers(domains.cpu(), len(right), f'{name}: domains')
     if len(ids := d.unique().tolist()) < 2: return {name: right}
     groups = {f'{name}[{k if names is None else names[k]}]': right[d == k] for k in ids}
     return {name: right, **groups, f'{name}[worst]': min(groups.values(), key=lambda o: o.double().mean())}
@@ -93,7 +94,7 @@ def percent(
     right:Tensor # bool [N]
 ) -> float: # To four decimals
     "Accuracy in percent."
-    return round(100*right.double().mean().item(), 4)
+    return round(100*right.cpu().double().mean().item(), 4)
 
 def group_names(learn:Learner):
     "What loaders call the domains 0, 1, ...: their `group_names`, or the vocabulary fastai made; else None."
