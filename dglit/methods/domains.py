@@ -40,7 +40,7 @@ def known_domains(
 ) -> Tensor|None: # int64 [E], ascending
     "The domains of all of a loader's data."
     tensors = getattr(dl.dataset, 'tensors', ())
-    return tensors[2].flatten().unique() if len(tensors) > 2 else None
+    return domain_ids(tensors[2], len(tensors[2])).unique() if len(tensors) > 2 else None
 
 # %% ../../nbs/foundations/14_domain_methods.ipynb #893d79c3
 class DomainMethod(Method):
