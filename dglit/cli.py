@@ -62,7 +62,8 @@ def settings_given(pairs, options):
 def spec_given(data, model, method, pairs, seed=0):
     "The description that a command line gives."
     from dglit.experiments.spec import Spec, as_methods, as_part, options_of
-    parts = as_part(data, 'dataset'), as_part(model, 'model'), *as_methods('+'.join(method) if method else 'erm')
+    methods = as_methods('+'.join(method) if method else 'erm')
+    parts = as_part(data, 'dataset'), as_part(model, 'model'), *methods
     return Spec(*parts[:2], list(parts[2:]), seed=seed, **settings_given(pairs, options_of(parts)))
 
 # %% ../nbs/foundations/40_cli.ipynb #d01aeee6

@@ -194,7 +194,7 @@ def _empty(o): return o.lower() in ('', 'nan')
 
 def _can_show(values, kind):
     for line,o in values.items(): # they come to be names in records
-        if not o.isprintable(): raise DataError(f'line {line}: {kind} {o!r} holds characters that do not show')
+        if not o.isprintable(): raise DataError(f'line {line}: {kind} {o!r} has letters that do not show')
 
 def _labels(values):
     "Classes, none of them missing."

@@ -37,7 +37,6 @@ from ..data.mnist_mp import mnist_mp, mnist_plain, mnist_up
 from ..data.more_colored_mnist import colored_mnist_three, full_colored_mnist
 from ..data.rotated_mnist import rotated_mnist
 from ..data.waterbirds import waterbirds
-from ..losses.head_gradients import CURVATURES
 from ..methods.alignment import CORAL, DANN, MMD
 from ..methods.bottleneck import BIRM, IBERM
 from ..methods.cim import CIM
@@ -159,7 +158,7 @@ RANGES |= dict.fromkeys('sigma eps sgd_lr'.split(), (1e-9, inf))
 RANGES |= dict.fromkeys('share valid test envs tests test_env label_noise'.split(), (0, 1))
 _counts = 'size copies hidden win_size levels nodes draws probes width depth'
 RANGES |= dict.fromkeys(_counts.split(), (1, 10**6))
-NAMED = dict(digits=DIGITS, resize=RESIZES, curvature=CURVATURES, broken=('error','skip'))
+NAMED = dict(digits=DIGITS, resize=RESIZES, broken=('error','skip'))
 
 def as_setting(
     owner:str, # Whose setting, for the message

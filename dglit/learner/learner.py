@@ -16,7 +16,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import default_device
 from torch import Tensor
 
-from ..core import DglitError
+from ..core import DglitError, reason
 from .tracking import TrackDomains, accuracy, any_odd
 from ..methods.core import TakeDomain, first_batch
 from ..methods.rsc import evaluating
@@ -57,8 +57,8 @@ def check_batch(
     except Exception as e:
         loss = getattr(loss_func, '__name__', type(loss_func).__name__)
         raise DglitError(f"{type(model).__name__} and {loss} cannot take images {[*batch[0].shape]} with "
-                         f"targets {[*y.shape]} in {y.dtype} ({str(e).strip().splitlines()[0]}): cross-entropy "
-                         "needs an output for each class, binary cross-entropy one in all") from e
+                         f"targets {[*y.shape]} in {y.dtype} ({reason(e).strip().splitlines()[0]}): "
+                         "cross-entropy needs an output a class, binary cross-entropy one in all") from e
     low,high = y.min().item(),y.max().item()
     raise DglitError(f"targets reach from {low:g} to {high:g}, and this network has {z.numel()//len(z)} "
                      "outputs: needed one for each class, counted from 0, or one in all for classes 0 and 1")

@@ -136,16 +136,6 @@ class TrackDomains(Answers):
             raise DglitError(f"rule {self.rule!r}: these data have no {domain!r}, but {', '.join(there)}")
         if kind == 'best' and '[' in domain: self.check_group(domain)
 
-    def check_group(self, domain): # of loaders that do not tell, after the first epoch
-        name = domain.partition('[')[0]
-        dl = getattr(self.dls, 'domains', dict(valid=self.dls.valid))[name]
-        tensors = getattr(dl.dataset, 'tensors', ())
-        if not tensors: return
-        groups = by_group(name, torch.ones(len(tensors[0])), *tensors[2:], names=group_names(self.learn))
-        if domain not in groups:
-            raise DglitError(f"rule {self.rule!r}: there is no {domain!r}, but {', '.join(groups)}; "
-                             "groups need batches (x, y, group)")
-
     def before_epoch(self):
         self.begun.append(None) # validate() and get_preds() call this and after_epoch too, ...
     def before_train(self): # ... but not this
@@ -166,6 +156,18 @@ class TrackDomains(Answers):
 
     @property
     def selected(self): return select_epoch(self.curve, self.rule)
+
+# %% ../../nbs/foundations/21_tracking.ipynb #c4ec6a0b
+@patch
+def check_group(self:TrackDomains, domain): # of data that do not tell, after the first epoch
+    name = domain.partition('[')[0]
+    dl = getattr(self.dls, 'domains', dict(valid=self.dls.valid))[name]
+    tensors = getattr(dl.dataset, 'tensors', ())
+    if not tensors: return
+    groups = by_group(name, torch.ones(len(tensors[0])), *tensors[2:], names=group_names(self.learn))
+    if domain not in groups:
+        raise DglitError(f"rule {self.rule!r}: there is no {domain!r}, but {', '.join(groups)}; "
+                         "groups need batches (x, y, group)")
 
 # %% ../../nbs/foundations/21_tracking.ipynb #af2d6b6f
 @patch
