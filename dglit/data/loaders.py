@@ -53,8 +53,10 @@ def check_batches(
     low:float=-1. # What black becomes; white becomes 1
 ):
     "A `DglitError` unless batches can be made so: a dataset asks before it loads anything."
-    if bs is not None and not bs >= 1: raise DglitError(f"bs {bs!r}: needed 1 or more, None for all")
-    if not -inf < low < 1: raise DglitError(f"low {low!r}: needed a number below 1, which white becomes")
+    if bs is not None and (not isinstance(bs, int) or bs < 1):
+        raise DglitError(f"bs {bs!r}: needed 1 or more, None for all")
+    if not isinstance(low, (int,float)) or not -inf < low < 1:
+        raise DglitError(f"low {low!r}: needed a number below 1, which white becomes")
 
 # %% ../../nbs/foundations/02_loaders.ipynb #def11416
 class TensorLoader(TfmdDL):

@@ -61,7 +61,7 @@ def retrain_last_layer(
     model,order = deepcopy(model).eval(), generator(seed, 'retrain_last_layer')
     layer = last_layer(model)
     with torch.no_grad(), hook_input(layer) as hook: model(images)
-    f,y = hook.stored.flatten(1).double(), labels.reshape(-1).cpu()
+    f,y = hook.stored.flatten(1).cpu().double(), labels.reshape(-1).cpu()
     each = [(groups.reshape(-1) == g).nonzero()[:,0].cpu() for g in groups.unique()]
     least,K = min(map(len, each)), layer.out_features
     if len(y.unique()) < max(K, 2):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core import at_least_float32, choose, draw, one_each
+from ..core import at_least_float32, choose, draw, one_each, whole_numbers
 
 # %% ../../nbs/family/02_head_gradients.ipynb #f731762a
 def averages(
@@ -50,9 +50,8 @@ def head_batch(
 ) -> HeadBatch: # In float32, or float64 for float64 features
     "Probabilities, residuals, features and averages."
     z,f = (at_least_float32(o).reshape(len(o), -1) for o in (logits, features))
-    y = one_each(targets, len(z))
-    if z.shape[1] == 1: p,y = z.sigmoid(),y[:,None].to(z)
-    else: p,y = z.softmax(1),F.one_hot(y.long(), z.shape[1]).to(z)
+    if z.shape[1] == 1: p,y = z.sigmoid(),one_each(targets, len(z))[:,None].to(z)
+    else: p,y = z.softmax(1),F.one_hot(whole_numbers(targets, len(z)), z.shape[1]).to(z)
     return HeadBatch(p, p - y, F.pad(f, (0, 1), value=1.) if bias else f, averages(domains, n_domains, f))
 
 # %% ../../nbs/family/02_head_gradients.ipynb #b1814dd7

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import DglitError
-from ..losses.domains import domain_means
+from ..losses.domains import domain_ids, domain_means
 from .terms import Method
 
 # %% ../../nbs/foundations/14_domain_methods.ipynb #0e84636b
@@ -31,7 +31,7 @@ class TakeDomain(Callback):
     def before_batch(self):
         if len(self.yb) < 2: return
         *y,d = self.yb
-        self.learn.yb,self.learn.domain = tuple(y),d.reshape(len(d)).as_subclass(Tensor)
+        self.learn.yb,self.learn.domain = tuple(y),domain_ids(d.as_subclass(Tensor), len(d))
     def close_step(self): self.learn.domain = None
 
 # %% ../../nbs/foundations/14_domain_methods.ipynb #848c14da
@@ -39,8 +39,8 @@ def known_domains(
     dl # A loader of dglit's, whose data have domains; of another, they are not known
 ) -> Tensor|None: # int64 [E], ascending
     "The domains of all of a loader's data."
-    tensors = getattr(getattr(dl, 'dataset', None), 'tensors', ())
-    return tensors[2].flatten().unique() if len(tensors) > 2 else None
+    tensors = getattr(dl.dataset, 'tensors', ())
+    return domain_ids(tensors[2], len(tensors[2])).unique() if len(tensors) > 2 else None
 
 # %% ../../nbs/foundations/14_domain_methods.ipynb #893d79c3
 class DomainMethod(Method):
