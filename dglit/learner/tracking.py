@@ -20,6 +20,7 @@ from torch import Tensor
 from ..core import DglitError
 from .selection import parse_rule, select_epoch
 from ..methods.core import TakeDomain
+from ..methods.nets import bring_memory
 
 # %% ../../nbs/foundations/21_tracking.ipynb #6ad71845
 def is_right(
@@ -124,6 +125,7 @@ class TrackDomains(Answers):
         (kind,domain),there = parse_rule(self.rule), getattr(self.dls, 'domains', ('valid',))
         if kind == 'best' and domain.partition('[')[0] not in there:
             raise DglitError(f"rule {self.rule!r}: these data have no {domain!r}, but {', '.join(there)}")
+        if self.opt is not None: bring_memory(self.opt)
 
     def before_epoch(self):
         self.begun.append(None) # validate() and get_preds() call this and after_epoch too, ...
