@@ -120,8 +120,8 @@ images.pack_images({[str(f) for f in files]}, 8)
 
 def test_threads_make_it_once(tmp_path, cache, monkeypatch):
     from dglit.data import images
-    calls, write = [], images._write_array
-    monkeypatch.setattr(images, '_write_array', lambda *a: calls.append(1) or write(*a))
+    calls, write = [], images._read_all
+    monkeypatch.setattr(images, "_read_all", lambda *a: calls.append(1) or write(*a))
     for i in range(6): paint(tmp_path/f'{i}.png', (i, 0, 0))
     found = []
     threads = [threading.Thread(target=lambda: found.append(pack_images(sorted(tmp_path.glob('*.png')), 8)[0])) for _ in range(4)]
