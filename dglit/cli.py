@@ -364,8 +364,8 @@ def list_(name: LISTED = ''):
     if name: return print(recipe if name == 'recipe' else of_part(name, kinds[name]))
     print('tables\n' + in_lines({k: f'{t.title} ({t.source}): {len(t.rows)} rows' for k,t in TABLES.items()}))
     print('searches\n'
-          + in_lines({k: f'{len(s.specs())} of {s.spec.data} with {s.spec.method.partition("(")[0]}'
-                      for k,s in SEARCHES.items()}))
+          + in_lines({k: f'{len(s.specs())} of {s.spec.data} with '
+                      + ('+'.join(o.name for o in s.spec.methods) or 'erm') for k,s in SEARCHES.items()}))
     for kind,registry in REGISTRIES.items():
         groups = {f'{kind}s': registry} if kind != 'method' else {
             says: {k: o for k,o in registry.items() if getattr(o, 'needs', 'nothing') == need}

@@ -1,6 +1,6 @@
 """Photographs: odd files, caches, augmentation, folders and tables of forty bad kinds, official layouts, networks.
 Real lists are read where DGLIT_IMAGES names a folder that has metadata/; all images are made here."""
-import json, os, shutil, subprocess, sys, threading
+import io, json, os, shutil, subprocess, sys, threading
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +187,9 @@ def text_is(content, encoding='utf-8'):
 def file_is(content, name='im/3.png'):
     def change(t, read): (read.folder/name).unlink(missing_ok=True); content is not None and (read.folder/name).write_bytes(content)
     return change
+def jpeg():
+    Image.fromarray(np.arange(4800).reshape(40, 40, 3).astype(np.uint8)).save(b := io.BytesIO(), 'JPEG')
+    return b.getvalue()
 PNG = lambda read: (read.folder/'im/3.png').read_bytes()
 
 BAD = {
@@ -216,6 +219,7 @@ BAD = {
     # the images
     'empty file': (file_is(b''), r'line 5: .*0 bytes'), 'text': (file_is(b'hello'), 'no image'), 'an SVG': (file_is(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), 'no image'),
     'half a PNG': (lambda t, read: file_is(PNG(read)[:len(PNG(read))//2])(t, read), 'line 5: .*(damaged|no image)'),
+    'half a JPEG': (lambda t, read: file_is(jpeg()[:200], 'im/3.png')(t, read), 'line 5: .*(damaged|no image)'),
     'a flipped byte': (lambda t, read: file_is(PNG(read)[:45] + b'\0\1\2' + PNG(read)[48:])(t, read), 'damaged'),
     '32-bit pixels': (lambda t, read: Image.fromarray(np.full((4, 4), 70000, np.int32)).save(read.folder/'im/3.png', format='TIFF'), '32 bits'),
     'floating point': (lambda t, read: Image.fromarray(np.ones((4, 4), np.float32)).save(read.folder/'im/3.png', format='TIFF'), 'floating'),
