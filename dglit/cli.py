@@ -292,7 +292,7 @@ def search(
     from dglit.experiments.sweep import sweep_with_progress
     from dglit.papers import SEARCHES
     if name and (each or space or set_ or method):
-        raise DglitError(f"search {name!r} has a space and methods of its own: leave the options, or the name")
+        raise DglitError(f"search {name!r} has a space and methods of its own: leave the options or the name")
     if each:
         searches = {o: search_of(data, model, o, set_, space, draws, rule, by) for o in each.split(',')}
         specs = list(dict.fromkeys(s for o in searches.values() for s in o.specs()))
