@@ -29,6 +29,7 @@ class OnCard(torch.Tensor):
     def __torch_dispatch__(cls, f, types, args=(), kwargs=None): return execute(f, args, kwargs or {})
     def as_subclass(self, cls): return self
     def tolist(self): return self.cpu().tolist()
+    def __repr__(self, **_): return f'on the card: {self.cpu()}'
     def numpy(self, *args, **kwargs): raise TypeError("a tensor on the card has no numpy(): copy it to the host first")
     def __array__(self, *args, **kwargs): self.numpy()
     def __reduce_ex__(self, proto): # a file holds CPU tensors, as with map_location='cpu'

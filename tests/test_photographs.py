@@ -10,17 +10,20 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from dglit.core import DglitError, generator
+from dglit.core import DglitError, generator, set_seed
 from dglit.data.celeba import CELEBA, celeba_table
 from dglit.data.compose import compose, dealt_grounds, dealt_places, photo_digits
 from dglit.data.image_groups import check_table, drawn_splits, group_table, image_groups, numbered, read_table
 from dglit.data.images import fingerprint, pack_images, read_image
 from dglit.data.imagenet9 import IN9_CLASSES
 from dglit.data.leave_one_out import PACS, VLCS, domain_table
-from dglit.data.photo_loader import PhotoLoader, crop_at_once, crop_each, random_boxes
+from dglit.data.loaders import data_hash
+from dglit.data.photo_loader import FileLoader, PhotoLoader, crop_at_once, crop_each, random_boxes
 from dglit.data.waterbirds import WATERBIRDS, differences, waterbirds, waterbirds_table
+from dglit.learner.groups import repeat_wrong
 from dglit.learner.measuring import evaluate
 from dglit.learner.learner import domain_learner
+from dglit.methods.cim import CIM
 from dglit.models.backbone import Backbone, body_and_head, features_of
 from dglit.models.convnet import ConvNet
 
@@ -249,9 +252,41 @@ def test_a_bomb_is_refused(shapes, monkeypatch):
     with pytest.raises(DglitError, match='pixels: shrink'): shapes(size=7)
 
 
-def test_no_room(shapes, monkeypatch):
+def same(a, b): return all((x == y).all() for x, y in zip(a, b, strict=True))
+
+
+def test_what_the_disk_does_not_hold(shapes, monkeypatch, capsys, tmp_path):
+    "Read from its files in every epoch, by workers, a folder gives the same batches, figures and predictions as from the array; one sentence says so."
+    from fastai.vision.all import ClassificationInterpretation, load_learner, plt
+    packed = shapes(size=16, augment=True, balanced=True)
+    assert 'files' not in capsys.readouterr().out
     monkeypatch.setattr(shutil, 'disk_usage', lambda o: type('', (), dict(free=10)))
-    with pytest.raises(DglitError, match='10 bytes free'): shapes()
+    dls = shapes(size=16, augment=True, balanced=True, cache=tmp_path/'other')
+    assert '24 images of 16 pixels take' in capsys.readouterr().out and not list((tmp_path/'other').glob('*/images.npy'))
+    monkeypatch.undo()
+    assert all(isinstance(o, FileLoader) for o in dls.loaders) and not any(isinstance(o, FileLoader) for o in packed.loaders)
+    for _ in range(2): assert all(map(same, dls.train, packed.train))
+    assert same(dls.one_batch(), packed.one_batch()) and data_hash(dls) == data_hash(packed) and (group_table(dls) == group_table(packed)).all(None)
+    learns = []
+    for o in (packed, dls):
+        set_seed(0)
+        learns.append(learn := domain_learner(o, ConvNet(3, 2, 16), CIM(levels=1, sample='train')))
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    a, b = learns
+    assert same(a.model.parameters(), b.model.parameters()) and evaluate(a).equals(evaluate(b))
+    with b.no_bar():
+        assert b.predict(shapes.folder/'im/0.png')[0] in ('a', 'b')
+        b.show_results(max_n=2)
+        found = ClassificationInterpretation.from_learner(b)
+        assert found.confusion_matrix().sum() == 8
+        found.plot_top_losses(2); plt.close('all')
+        b.path = tmp_path; b.export('b.pkl')
+        with (again := load_learner(tmp_path/'b.pkl')).no_bar(): assert again.predict(shapes.folder/'im/0.png')[0] in ('a', 'b')
+    repeated = repeat_wrong(dls, b.model, 3)
+    assert len(repeated.train.dataset) >= 8 and isinstance(repeated.train, FileLoader) and next(iter(repeated.train))[0].shape[1:] == (3, 16, 16)
+    (shapes.folder/'im/3.png').write_bytes(b'')
+    with pytest.raises(DglitError, match='(?s)line 5: .*0 bytes'): shapes(limit=1e-9)
+    assert len(shapes(limit=1e-9, broken='skip').left_out) == 1
 
 
 def test_broken_ones_are_left_out_with_a_count(shapes):

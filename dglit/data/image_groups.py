@@ -17,11 +17,10 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.meta import delegates
-from torch.utils.data import TensorDataset
 
 from ..core import DataError, DglitError, choose, generator, read_bytes
-from .images import pack_images
-from .photo_loader import PhotoLoader, PhotoLoaders
+from .images import ImageFiles, pack_images
+from .photo_loader import PhotoLoaders, photo_loader
 
 # %% ../../nbs/photographs/03_image_groups.ipynb #5c9a760b
 def _text_of(path):
@@ -153,6 +152,7 @@ def check_table(
 def _take(images, rows):
     together = len(rows) and rows[-1] - rows[0] == len(rows)-1 and (np.diff(rows) == 1).all()
     if together: return images[rows[0]:rows[-1]+1]
+    if isinstance(images, ImageFiles): return images[rows]
     return images.permute(0, 2, 3, 1)[torch.from_numpy(rows)].permute(0, 3, 1, 2)
 
 # %% ../../nbs/photographs/03_image_groups.ipynb #dc063987
@@ -165,6 +165,7 @@ def photo_loaders(
     resize:str='crop', # See `read_image`
     broken:str='error', # Images that cannot be read: 'error' or 'skip'
     cache:str|None=None, # See `cache_folder`
+    limit:float|None=None, # GiB that decoded images may take on disk; None: what is free there
     bs:int|None=32, # Batch size
     seed:int=0, # Of the order and the crops
     device=None, # Where the batches live; None: fastai's default device
@@ -175,15 +176,16 @@ def photo_loaders(
     "Loaders of the images of a table, decoded once."
     check_table(table, vocab, groups)
     rows = [f'line {o}' for o in table.index]
-    images,wrong = pack_images(files_inside(folder, table.file), size, resize, cache, broken, rows)
+    files = files_inside(folder, table.file)
+    images,wrong = pack_images(files, size, resize, cache, broken, rows, limit)
     kept = np.array([i not in wrong for i in range(len(table))])
     if wrong: check_table(table[kept], vocab, groups)
     def loader(name, **kw):
         at = np.flatnonzero(kept & (table.split == name).to_numpy())
         y,g = (torch.tensor(table[o].to_numpy()[at]) for o in ('y','group'))
-        tensors = (_take(images, at), y, g) if (g >= 0).all() and groups else (_take(images, at), y)
+        targets = (y, g) if (g >= 0).all() and groups else (y,)
         size = bs if bs is None or kw else max(bs, 128) # what is only looked at may come in larger batches
-        return PhotoLoader(TensorDataset(*tensors), bs=size, device=device, vocab=vocab, **kw)
+        return photo_loader(_take(images, at), *targets, bs=size, device=device, vocab=vocab, **kw)
     train = loader('train', shuffle=True, seed=seed, balanced=balanced, augment=augment)
     tests = {o: loader(o) for o in table.split.unique() if o not in ('train','valid')}
     return PhotoLoaders(train, loader('valid'), tests, vocab, size=size, resize=resize,

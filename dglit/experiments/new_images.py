@@ -14,13 +14,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 from fastai.learner import Learner
-from torch.utils.data import TensorDataset
 
 from ..core import DataError, DglitError, choose
 from ..data.image_groups import files_inside, read_table
 from ..data.images import pack_images
 from ..data.leave_one_out import SUFFIXES
-from ..data.photo_loader import PhotoLoader, PhotoLoaders
+from ..data.photo_loader import PhotoLoaders, photo_loader
 from .record import read_runs
 from .registry import settings_of
 from .run import learner_on
@@ -68,7 +67,7 @@ def network_of(
         raise DglitError(f'{weights} has no weights: train with --out, and keep them beside the record')
     classes = read_trained(weights)[0]['classes']
     images,_ = pack_images(files, spec.data['size'], spec.data['resize'], cache, rows=rows)
-    dl = PhotoLoader(TensorDataset(images, torch.zeros(len(images), dtype=torch.long)), bs=128, vocab=classes)
+    dl = photo_loader(images, torch.zeros(len(images), dtype=torch.long), bs=128, vocab=classes)
     dls = PhotoLoaders(dl, dl, {}, classes, size=spec.data['size'], resize=spec.data['resize'])
     if 'pretrained' in settings_of(spec.model.name, 'model'): spec = replace(spec, pretrained=False)
     return load_trained(learner_on(dls, spec), weights)

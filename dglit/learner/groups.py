@@ -30,10 +30,10 @@ def repeat_wrong(
     if times < 1: raise DglitError(f"times {times}: needed 1 or more")
     whole,tensors = dls.train.new(shuffle=False, balanced=False), dls.train.dataset.tensors
     model.eval()
-    with torch.no_grad(): z = torch.cat([model(x).reshape(len(x), -1) for x,*_ in whole])
+    with torch.no_grad(): z = torch.cat([model(x).reshape(len(x), -1) for x,*_ in whole]).cpu()
     answer = z.argmax(1) if z.shape[1] > 1 else (z[:,0] > 0).long()
-    wrong = (answer != tensors[1].reshape(-1)).nonzero()[:,0]
-    take = torch.cat([torch.arange(len(z), device=z.device), wrong.repeat(times - 1)])
+    wrong = (answer != tensors[1].reshape(-1).cpu()).nonzero()[:,0]
+    take = torch.cat([torch.arange(len(z)), wrong.repeat(times - 1)])
     bs = dls.train.bs if dls.train.bs < len(z) else None
     train = dls.train.new(TensorDataset(*(t[take] for t in tensors)), bs=bs, balanced=False)
     return DomainLoaders(train, dls.valid, dls.tests, dls.vocab)
@@ -69,7 +69,7 @@ def retrain_last_layer(
     def fit():
         take = torch.cat([o[torch.randperm(len(o), generator=order)[:least]] for o in each])
         mean,std = f[take].mean(0), f[take].std(0) + 1e-8
-        o = lasso(C).fit(((f[take]-mean)/std).cpu().numpy(), y[take].numpy())
+        o = lasso(C).fit(((f[take]-mean)/std).numpy(), y[take].numpy())
         w = torch.from_numpy(o.coef_).to(f)/std
         return w, torch.from_numpy(o.intercept_).to(f) - w @ mean
     w,b = (torch.stack(o).mean(0) for o in zip(*[fit() for _ in range(refits)]))

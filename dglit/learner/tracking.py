@@ -20,6 +20,7 @@ from torch import Tensor
 from ..core import DglitError, whole_numbers
 from .selection import parse_rule, select_epoch
 from ..methods.core import TakeDomain
+from ..methods.nets import bring_memory
 
 # %% ../../nbs/foundations/21_tracking.ipynb #6ad71845
 def is_right(
@@ -135,12 +136,13 @@ class TrackDomains(Answers):
         if kind == 'best' and domain.partition('[')[0] not in there:
             raise DglitError(f"rule {self.rule!r}: these data have no {domain!r}, but {', '.join(there)}")
         if kind == 'best' and '[' in domain: self.check_group(domain)
+        if self.opt is not None: bring_memory(self.opt)
 
     def before_epoch(self):
         self.begun.append(None) # validate() and get_preds() call this and after_epoch too, ...
     def before_train(self): # ... but not this
         self.begun[-1] = self.epoch
-        self.train_right,self.odd = [],False
+        self.train_right = []
         if self.curve and self.epoch <= self.curve[-1]['epoch']: self.curve,self.weights = [],None # a new fit
 
     def due(self, epoch): return epoch is not None and (epoch % self.every == 0 or epoch == self.n_epoch-1)
@@ -151,7 +153,7 @@ class TrackDomains(Answers):
         if self.own: super().before_validate()
 
     def after_batch(self):
-        if self.training and self.due(self.epoch): self.train_right.append(self.judged())
+        if self.training and self.due(self.epoch): self.train_right.append(is_right(self.pred, *self.yb))
         if not self.training and self.own: self.look()
 
     @property

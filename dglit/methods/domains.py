@@ -38,9 +38,15 @@ class TakeDomain(Callback):
 def known_domains(
     dl # A loader of dglit's, whose data have domains; of another, they are not known
 ) -> Tensor|None: # int64 [E], ascending
-    "The domains of all of a loader's data."
-    tensors = getattr(dl.dataset, 'tensors', ())
-    return domain_ids(tensors[2], len(tensors[2])).unique() if len(tensors) > 2 else None
+    "The domains of all of a loader's data, counted when they are new or were changed."
+    data = getattr(dl, 'dataset', None)
+    d = (*getattr(data, 'tensors', ()), None, None, None)[2]
+    if d is None: return
+    kept = getattr(data, 'known', None)
+    if kept is None or kept[0] is not d or kept[1] != d._version:
+        kept = data.known = d, d._version, domain_ids(d, len(d)).unique()
+    return kept[2]
+
 
 # %% ../../nbs/foundations/14_domain_methods.ipynb #893d79c3
 class DomainMethod(Method):
