@@ -194,7 +194,7 @@ PNG = lambda read: (read.folder/'im/3.png').read_bytes()
 
 BAD = {
     # the call
-    'no such folder': (dict(folder='nowhere'), 'cannot be read|is no folder'), 'no such table': (dict(table='a.csv'), 'cannot be read'),
+    'no such folder': (dict(folder='nowhere'), 'cannot read|is no folder'), 'no such table': (dict(table='a.csv'), 'cannot read'),
     'no such file column': (dict(file='fil'), "did you mean 'file'"), 'no such label column': (dict(label='labels'), "did you mean 'label'"),
     'no such group column': (dict(group='grp'), 'column'), 'no such split column': (dict(split='parts'), "did you mean 'part'"),
     'size 0': (dict(size=0), 'size 0'), 'unknown resize': (dict(resize='stretch'), 'resize'), 'unknown broken': (dict(broken='ignore'), 'broken'),
@@ -216,7 +216,11 @@ BAD = {
     'one class': (lambda t: t.assign(label='a'), 'one class'), 'one group': (lambda t: t.assign(group='g'), 'one group only'), 'a group missing': (setting('group', 3, ''), 'line 5: no group'),
     'a group only in validation': (setting('group', 10, 'new'), "group 'new' is in validation"), "a group called worst": (lambda t: t.assign(group=t.group.replace('a red', 'worst')), 'another name'),
     'no training': (lambda t: t.assign(part=t.part.replace('train', 'test2')), "'train'"), 'empty validation': (lambda t: t.assign(part=t.part.replace('valid', 'train')), "'valid'"), 'a mistyped split': (setting('part', 3, 'tran'), "split 'tran'"), 'split 7': (setting('part', 3, '7'), "split '7'"),
+    'a label that steers a terminal': (setting('label', 3, 'a\x1b[2J'), 'line 5: label .*do not show'), 'a group that turns the text': (setting('group', 3, '\u202e'), 'line 5: group .*do not show'),
+    'a split without end': (setting('part', 3, '1e99'), "split '1e99'"),
+    'half of a UTF-16 letter': (text_is(b'\xff\xfe\x00\xd8'*9), 'no rows'),
     # the images
+    'a pipe for a file': (lambda t, read: ((read.folder/'im/3.png').unlink(), os.mkfifo(read.folder/'im/3.png')), 'line 5: .*is no file'),
     'empty file': (file_is(b''), r'line 5: .*0 bytes'), 'text': (file_is(b'hello'), 'no image'), 'an SVG': (file_is(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), 'no image'),
     'half a PNG': (lambda t, read: file_is(PNG(read)[:len(PNG(read))//2])(t, read), 'line 5: .*(damaged|no image)'),
     'half a JPEG': (lambda t, read: file_is(jpeg()[:200], 'im/3.png')(t, read), 'line 5: .*(damaged|no image)'),
@@ -335,6 +339,7 @@ def test_wide_numbers():
     ids = ['2000000000000', '20230101', '-3', '2.50', '2.5']
     assert numbered(ids)[1] == ['-3', '2.5', '20230101', '2000000000000'] or numbered(ids)[1] == ['-3', '2.50', '20230101', '2000000000000']
     assert numbered(['é', 'É', 'e'])[0].tolist() == [2, 1, 0]
+    assert numbered(['1e999999999', '2'])[1] == ['1e999999999', '2']                 # a word: the number would fill the memory
 
 
 def test_names_stand_in_every_table(shapes):

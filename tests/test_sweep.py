@@ -484,6 +484,34 @@ def test_missing_data_is_found_before_training(tmp_path, monkeypatch):
     assert not records(tmp_path)
 
 
+def test_a_card_for_each_worker(monkeypatch):
+    "Worker i sees card i modulo their number, also one that takes a dead one's place; of cards that were named, those."
+    envs = []
+    monkeypatch.setattr(module.subprocess, 'Popen', lambda *_, env, **__: envs.append(env.get('CUDA_VISIBLE_DEVICES')))
+    def seen(cards, visible=None):
+        envs.clear()
+        monkeypatch.setattr(module.torch.cuda, 'device_count', lambda: cards)
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible) if visible else monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+        pool = module._Workers(4)
+        def twice(): pool._start(); pool._start()
+        for _ in range(4):
+            t = threading.Thread(target=twice)
+            t.start(); t.join()
+        return envs[:]
+    assert seen(3) == ['0', '0', '1', '1', '2', '2', '0', '0']
+    assert seen(2, '4,GPU-8f') == ['4', '4', 'GPU-8f', 'GPU-8f']*2
+    assert seen(1) == seen(0) == [None]*8 and seen(1, '5') == ['5']*8
+
+
+def test_a_card_for_each_dask_worker(monkeypatch):
+    pytest.importorskip('distributed')
+    monkeypatch.setattr(module.torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    with module._dask('', 2) as client:
+        client.wait_for_workers(2, timeout=60)
+        assert sorted(client.run(os.getenv, 'CUDA_VISIBLE_DEVICES').values()) == ['0', '1']
+
+
 def test_a_dask_cluster_of_two_workers(tmp_path):
     "The same curves as on one machine's processes, on workers that do not see the folder's name either."
     distributed = pytest.importorskip('distributed')

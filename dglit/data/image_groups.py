@@ -18,16 +18,15 @@ import pandas as pd
 import torch
 from fastcore.meta import delegates
 
-from ..core import DataError, DglitError, choose, generator
+from ..core import DataError, DglitError, choose, generator, read_bytes
 from .images import ImageFiles, pack_images
 from .photo_loader import PhotoLoaders, photo_loader
 
 # %% ../../nbs/photographs/03_image_groups.ipynb #5c9a760b
 def _text_of(path):
-    try: raw = Path(path).read_bytes()
-    except OSError as e: raise DataError(f'{path}: the table cannot be read ({e.strerror})') from e
+    raw = read_bytes(path)
     if raw[:4] == b'PK\3\4': raise DataError(f'{path} is an Excel workbook: save it as CSV')
-    if raw[:2] in (b'\xff\xfe', b'\xfe\xff'): return raw.decode('utf-16')
+    if raw[:2] in (b'\xff\xfe', b'\xfe\xff'): return raw.decode('utf-16', 'replace')
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError: return raw.decode('cp1252', 'replace')
 
@@ -56,7 +55,7 @@ def read_table(
     return pd.DataFrame([o for _,o in rows], columns=head, index=[n for n,_ in rows])
 
 # %% ../../nbs/photographs/03_image_groups.ipynb #f95de48e
-_number = re.compile(r'[+-]?\d+(\.\d*)?([eE][+-]?\d+)?')
+_number = re.compile(r'[+-]?\d+(\.\d*)?([eE][+-]?\d{1,2})?')
 
 def numbered(
     values:list # Texts
@@ -100,7 +99,7 @@ def named_splits(
     def named(line, o):
         if o.lower().startswith('test'): return o
         try: return SPLITS[str(int(float(o))) if _number.fullmatch(o) else o.lower()]
-        except KeyError:
+        except (KeyError, OverflowError):
             raise DataError(f"line {line}: split {o!r}: needed 'train', 'valid', 'test', a name that begins "
                             "with 'test', or 0, 1, 2") from None
     return [named(line, o) for line,o in values.items()]
@@ -195,14 +194,20 @@ def photo_loaders(
 # %% ../../nbs/photographs/03_image_groups.ipynb #4a4d289b
 def _empty(o): return o.lower() in ('', 'nan')
 
+def _can_show(values, kind):
+    for line,o in values.items(): # they come to be names in records
+        if not o.isprintable(): raise DataError(f'line {line}: {kind} {o!r} has letters that do not show')
+
 def _labels(values):
     "Classes, none of them missing."
+    _can_show(values, 'label')
     for line,o in values.items():
         if _empty(o): raise DataError(f"line {line}: the label is {o!r}: give every image a class")
     return numbered(list(values))
 
 def _groups(values, y, vocab, cross):
     "Groups, -1 where there is none; with `cross` each class has its own."
+    _can_show(values, 'group')
     there = np.array([not _empty(o) for o in values])
     g,names = np.full(len(y), -1),[]
     g[there],names = numbered(list(values[there]))

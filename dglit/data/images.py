@@ -52,13 +52,15 @@ def read_image(
 ) -> np.ndarray: # uint8 [size,size,3]
     "An image as bytes, upright, square, of three channels; a `DataError` says what is wrong with a file."
     fit = choose(resize, RESIZES, 'resize')
+    given = isinstance(path, Image.Image)
+    if not given and not os.path.isfile(path): raise DataError(f'{path}: {_is_no_image(path)}')
     try:
-        with path.copy() if isinstance(path, Image.Image) else Image.open(path) as im:
+        with path.copy() if given else Image.open(path) as im:
             w,h = im.size
             if w*h > (Image.MAX_IMAGE_PIXELS or w*h): raise DataError(f'has {w*h:,} pixels: shrink it first')
             if hasattr(im, 'draft'): im.draft(None, (2*size, 2*size)) # a large JPEG is decoded at a fraction
             return np.asarray(fit(three_bytes(im), size))
-    except (FileNotFoundError, IsADirectoryError, Image.UnidentifiedImageError): wrong = _is_no_image(path)
+    except Image.UnidentifiedImageError: wrong = _is_no_image(path)
     except Image.DecompressionBombError: wrong = 'has too many pixels: shrink it first'
     except DataError as e: wrong = str(e)
     except Exception as e: wrong = f'is damaged or cut short ({e})' # Pillow raises what it likes

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from ..core import generator
+from ..core import generator, sent
 from .images import ImageFiles, read_image
 from .loaders import DomainLoaders, TensorLoader
 
@@ -62,7 +62,7 @@ def crop_at_once(
     top,left,height,width,mirror = boxes.T.float()
     sx,sy,cx,cy = (1-2*mirror)*width/w, height/h, (2*left+width)/w - 1, (2*top+height)/h - 1
     theta = torch.stack([sx, 0*sx, cx, 0*sx, sy, cy], 1)
-    grid = F.affine_grid(theta.view(-1, 2, 3).to(x), x.shape, align_corners=False)
+    grid = F.affine_grid(sent(theta.view(-1, 2, 3), x.device).to(x.dtype), x.shape, align_corners=False)
     return F.grid_sample(x, grid, padding_mode='border', align_corners=False)
 
 # %% ../../nbs/photographs/02_photo_loader.ipynb #11f25ba1
@@ -102,7 +102,7 @@ class PhotoLoader(TensorLoader):
         x,*rest = b
         boxes = random_boxes(len(x), *x.shape[-2:], self.crops) if self.augment else None
         if self.augment and x.device.type == 'cpu': x,boxes = crop_each(x, boxes),None
-        x = x.to(self.device).mul((1-self.low)/255).add_(self.low)
+        x = (sent(x, self.device) if x.device.type == 'cpu' else x).mul((1-self.low)/255).add_(self.low)
         if boxes is not None: x = crop_at_once(x, boxes)
         return (x, *rest)
 

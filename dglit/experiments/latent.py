@@ -23,7 +23,7 @@ def latent_points(
     seed:int=0 # Of t-SNE
 ) -> pd.DataFrame: # x, y, label and correct for each image
     "The body's features of a domain's first `n` images in two dimensions, by t-SNE."
-    x,y = (torch.cat(o)[:n] for o in zip(*learn.dls.domains[domain]))
+    x,y,*_ = (torch.cat(o)[:n] for o in zip(*learn.dls.domains[domain]))
     with torch.no_grad(), hook_output(body_of(learn.model)) as hook: z = learn.model.eval()(x)
     f,correct = hook.stored,z.argmax(1) == y
     points = TSNE(random_state=seed, init='pca').fit_transform(f.flatten(1).cpu().numpy())

@@ -61,7 +61,7 @@ def retrain_last_layer(
     model,order = deepcopy(model).eval(), generator(seed, 'retrain_last_layer')
     layer = last_layer(model)
     with torch.no_grad(), hook_input(layer) as hook: model(images)
-    f,y = hook.stored.flatten(1).double(), labels.reshape(-1).cpu()
+    f,y = hook.stored.flatten(1).cpu().double(), labels.reshape(-1).cpu()
     each = [(groups.reshape(-1) == g).nonzero()[:,0].cpu() for g in groups.unique()]
     least,K = min(map(len, each)), layer.out_features
     if len(y.unique()) < max(K, 2):
@@ -69,7 +69,7 @@ def retrain_last_layer(
     def fit():
         take = torch.cat([o[torch.randperm(len(o), generator=order)[:least]] for o in each])
         mean,std = f[take].mean(0), f[take].std(0) + 1e-8
-        o = lasso(C).fit(((f[take]-mean)/std).cpu().numpy(), y[take].numpy())
+        o = lasso(C).fit(((f[take]-mean)/std).numpy(), y[take].numpy())
         w = torch.from_numpy(o.coef_).to(f)/std
         return w, torch.from_numpy(o.intercept_).to(f) - w @ mean
     w,b = (torch.stack(o).mean(0) for o in zip(*[fit() for _ in range(refits)]))

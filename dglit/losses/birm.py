@@ -8,6 +8,8 @@ Docs: https://dglit.github.io/dglit/family/birm_loss.html.md"""
 __all__ = ['gaussian_scales', 'birm_penalty']
 
 # %% ../../nbs/family/07_birm_loss.ipynb #bf4a72de
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,17 +19,24 @@ from .head_gradients import averages
 from .irm import scale_slopes
 
 # %% ../../nbs/family/07_birm_loss.ipynb #3c33dbe5
+@lru_cache
+def _nodes(n, dtype, device): # the same at every step: copied to a device once
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(o, dtype=dtype).to(device) for o in np.polynomial.hermite.hermgauss(n))
+
 def gaussian_scales(
     sigma:float, # Standard deviation about 1
     nodes:int=9, # Of the quadrature
     draws:int|None=None, # In place of nodes, so many random scales
-    rng:torch.Generator|None=None # Of the draws, on the CPU
-) -> tuple: # (scales [M], weights [M] that sum to 1), float64
+    rng:torch.Generator|None=None, # Of the draws, on the CPU
+    dtype=torch.float64, # Of the result
+    device=None # Where it goes; None: the CPU
+) -> tuple: # (scales [M], weights [M] that sum to 1)
     "Scales around 1, and weights with which to average over them."
     if draws:
-        w = 1 + sigma*draw(torch.randn, draws, rng=rng).double()
+        w = 1 + sigma*draw(torch.randn, draws, rng=rng, device=device).to(dtype)
         return w, torch.ones_like(w)/draws
-    x,w = map(torch.from_numpy, np.polynomial.hermite.hermgauss(nodes))
+    x,w = _nodes(nodes, dtype, device)
     return 1 + 2**.5*sigma*x, w/np.pi**.5
 
 # %% ../../nbs/family/07_birm_loss.ipynb #5b4599fd
@@ -44,7 +53,7 @@ def birm_penalty(
 ) -> Tensor: # A scalar
     "BIRM: mean squared slope of the risk in a scale of the outputs, over scales around 1 (Lin et al., 2022)."
     z = at_least_float32(logits)
-    scales,weights = (o.to(z) for o in gaussian_scales(sigma, nodes, draws, rng))
+    scales,weights = gaussian_scales(sigma, nodes, draws, rng, z.dtype, z.device)
     slopes = torch.stack([scale_slopes(w*z, targets, loss)/w for w in scales])               # [M,N]
     A = averages(domains, n_domains, z)
     with torch.autocast(z.device.type, enabled=False): means = A @ slopes.T                  # [E,M]

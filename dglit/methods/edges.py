@@ -28,7 +28,8 @@ def edge_map(
         k = (-.5*(r/sigma)**2).exp()
         k,pad = (k/k.sum()).to(grey), [len(r)//2]*4
         grey = F.conv2d(F.conv2d(F.pad(grey, pad, 'replicate'), k[None,None,None]), k[None,None,:,None])
-    sobel = grey.new_tensor([[-1,0,1],[-2,0,2],[-1,0,1]])
+    step = torch.arange(-1, 2, device=grey.device).to(grey)
+    sobel = (2 - step.abs())[:,None]*step # rows -1 0 1, -2 0 2, -1 0 1
     g = F.conv2d(F.pad(grey, [1]*4, 'replicate'), torch.stack([sobel, sobel.T])[:,None])
     size = g.square().sum(1, keepdim=True).add(1e-12).sqrt() - 1e-6
     strongest = size.amax((2,3), keepdim=True).clamp(min=1e-3)

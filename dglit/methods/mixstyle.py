@@ -11,8 +11,11 @@ __all__ = ['mix_statistics', 'partners', 'MixStyle']
 import torch
 from torch import Tensor, nn
 
-from ..core import DglitError
+from ..core import DglitError, draw
+from ..losses.triplets import draw_triplets
 from .core import FeatureEdit, step_generator
+from .mixup import beta_shares
+
 
 # %% ../../nbs/family/17_mixstyle.ipynb #c90a7365
 def mix_statistics(
@@ -31,13 +34,15 @@ def mix_statistics(
 def partners(
     n:int, # Examples
     domains:Tensor|None, # The domain of each [N]; None: anyone
-    order:torch.Generator # Of the draw, on the CPU
+    order:torch.Generator, # Of the draw, on the CPU
+    device=None # Where the domains are, and the places go; None: the CPU
 ) -> Tensor: # Places int64 [N]
     "For each example another, of another domain if domains are known."
-    if domains is None: return torch.randperm(n, generator=order)
-    other = (domains[:,None] != domains[None]).float().cpu()
-    other[other.sum(1) == 0] = 1.
-    return torch.multinomial(other, 1, generator=order)[:,0].to(domains.device)
+    anyone = draw(torch.randperm, n, rng=order, device=device)
+    if domains is None: return anyone
+    _,other,have = draw_triplets(domains, domains, order)
+    return torch.where(have, other, anyone)
+
 
 # %% ../../nbs/family/17_mixstyle.ipynb #5c9fdc37
 class MixStyle(FeatureEdit):
@@ -58,7 +63,6 @@ class MixStyle(FeatureEdit):
                              "name an earlier layer with module=")
         rng,n = step_generator(self), len(features)
         if torch.rand((), generator=rng) >= self.p: return features
-        u = torch._standard_gamma(torch.full((2, n), self.alpha), generator=rng)
-        share = u[0]/(u.sum(0)).clamp(min=1e-30)
-        other = partners(n, getattr(self.learn, 'domain', None), rng)
-        return mix_statistics(features, other.to(features.device), share)
+        share = draw(beta_shares, n, self.alpha, rng=rng, device=features.device)
+        other = partners(n, getattr(self.learn, 'domain', None), rng, features.device)
+        return mix_statistics(features, other, share)

@@ -61,7 +61,7 @@ class PAIR(DomainMethod):
         losses,gram = numbers[:,0],numbers[:,1:]
         self.alpha,solved = pair_weights(losses, gram, self.preference, self.eps)
         self.failures += not solved
-        return (torch.as_tensor(self.alpha).to(o)*o).sum() - self.loss_grad
+        return sum(a*l for a,l in zip(self.alpha.tolist(), o)) - self.loss_grad
 
 # %% ../../nbs/family/12_pair.ipynb #e9ab425d
 @patch
