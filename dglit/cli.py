@@ -292,7 +292,7 @@ def search(
     from dglit.experiments.sweep import sweep_with_progress
     from dglit.papers import SEARCHES
     if name and (each or space or set_ or method):
-        raise DglitError(f"search {name!r} has a space and methods of its own: leave the options, or the name")
+        raise DglitError(f"search {name!r} has a space and methods of its own: leave the options or the name")
     if each:
         searches = {o: search_of(data, model, o, set_, space, draws, rule, by) for o in each.split(',')}
         specs = list(dict.fromkeys(s for o in searches.values() for s in o.specs()))
@@ -374,8 +374,8 @@ def list_(name: LISTED = ''):
     if name: return tell(recipe if name == 'recipe' else of_part(name, kinds[name]))
     tell('tables\n' + in_lines({k: f'{t.title} ({t.source}): {len(t.rows)} rows' for k,t in TABLES.items()}))
     tell('searches\n'
-          + in_lines({k: f'{len(s.specs())} of {s.spec.data} with {s.spec.method.partition("(")[0]}'
-                      for k,s in SEARCHES.items()}))
+          + in_lines({k: f'{len(s.specs())} of {s.spec.data} with '
+                      + ('+'.join(o.name for o in s.spec.methods) or 'erm') for k,s in SEARCHES.items()}))
     for kind,registry in REGISTRIES.items():
         groups = {f'{kind}s': registry} if kind != 'method' else {
             says: {k: o for k,o in registry.items() if getattr(o, 'needs', 'nothing') == need}

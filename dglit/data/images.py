@@ -138,8 +138,8 @@ def pack_images(
     wrong = {int(k): o for k,o in json.loads((place/'wrong.json').read_text()).items()}
     if len(wrong) == len(files) or wrong and broken == 'error': _complain(wrong, len(files), rows)
     if need > room:
-        print(f'{len(files):,} images of {size} pixels take {need/2**30:.2g} GiB, there is room for '
-              f'{room/2**30:.2g} in {home}: they stay in their files and are read anew in every epoch, which is '
+        print(f'{len(files):,} images of {size} pixels take {need/2**30:.2g} GiB, the cache has room for '
+              f'{room/2**30:.2g}: they stay in their files and are read anew in every epoch, which is '
               'slower. A cache= on another disk or a smaller size= spares that')
         return ImageFiles(files, size, resize),wrong
     images = np.load(place/'images.npy', mmap_mode='c') # 'c': the file is never written

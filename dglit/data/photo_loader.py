@@ -65,7 +65,7 @@ def crop_at_once(
     grid = F.affine_grid(sent(theta.view(-1, 2, 3), x.device).to(x.dtype), x.shape, align_corners=False)
     return F.grid_sample(x, grid, padding_mode='border', align_corners=False)
 
-# %% ../../nbs/photographs/02_photo_loader.ipynb #9c48c95e
+# %% ../../nbs/photographs/02_photo_loader.ipynb #11f25ba1
 def fits(
     images:Tensor, # uint8
     device # A torch device
@@ -73,6 +73,7 @@ def fits(
     "Whether images shall live on a device: in half of its free memory, or on the CPU."
     return torch.device(device).type != 'cuda' or images.nbytes <= torch.cuda.mem_get_info(device)[0]/2
 
+# %% ../../nbs/photographs/02_photo_loader.ipynb #9c48c95e
 class PhotoLoader(TensorLoader):
     "A `TensorLoader` of photographs: floats from 0 to 1, cropped and flipped if asked."
     def __init__(self,
@@ -128,7 +129,9 @@ class FileLoader(PhotoLoader):
         idxs = torch.as_tensor([int(i) for i in idxs])
         return tuple(t.index_select(0, idxs) for t in self.dataset.tensors)
 
-    def create_batches(self, idxs): return map(self.gather, chunked(idxs, self.bs, self.drop_last)) # a worker's
+    def create_batches(self, idxs): # a worker's
+        return map(self.gather, chunked(idxs, self.bs, self.drop_last))
+
     def __iter__(self): return map(self.ready, TfmdDL.__iter__(self))
 
 def photo_loader(

@@ -142,7 +142,7 @@ class TrackDomains(Answers):
         self.begun.append(None) # validate() and get_preds() call this and after_epoch too, ...
     def before_train(self): # ... but not this
         self.begun[-1] = self.epoch
-        self.train_right = []
+        self.train_right,self.odd = [],False
         if self.curve and self.epoch <= self.curve[-1]['epoch']: self.curve,self.weights = [],None # a new fit
 
     def due(self, epoch): return epoch is not None and (epoch % self.every == 0 or epoch == self.n_epoch-1)
@@ -153,7 +153,7 @@ class TrackDomains(Answers):
         if self.own: super().before_validate()
 
     def after_batch(self):
-        if self.training and self.due(self.epoch): self.train_right.append(is_right(self.pred, *self.yb))
+        if self.training and self.due(self.epoch): self.train_right.append(self.judged())
         if not self.training and self.own: self.look()
 
     @property
