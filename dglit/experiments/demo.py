@@ -50,7 +50,8 @@ def bars(ax, runs, domains, labels, names, rule):
     "Mean and standard deviation of the runs' accuracies in two domains."
     table = pd.DataFrame([dict(method=n, domain=l, accuracy=r.at(rule).get(d, nan))
                           for n,rs in zip(names, runs) for r in rs for d,l in zip(domains, labels)])
-    sns.barplot(table, x='method', y='accuracy', hue='domain', errorbar='sd', palette=[COLORS['valid'],COLORS['test']],
+    sns.barplot(table, x='method', y='accuracy', hue='domain', errorbar='sd',
+                palette=[COLORS['valid'],COLORS['test']],
                 capsize=.1, ax=ax)
     ax.set(ylim=(0,105), xlabel='', ylabel='accuracy, %')
     ax.legend(loc='lower center', bbox_to_anchor=(.5,1), ncols=2, frameon=False)

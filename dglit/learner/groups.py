@@ -35,7 +35,7 @@ def repeat_wrong(
     wrong = (answer != tensors[1].reshape(-1).cpu()).nonzero()[:,0]
     take = torch.cat([torch.arange(len(z)), wrong.repeat(times - 1)])
     bs = dls.train.bs if dls.train.bs < len(z) else None
-    train = dls.train.new(TensorDataset(*(t[take] for t in tensors)), bs=bs, balanced=False)
+    train = dls.train.new(TensorDataset(*(t[take.to(t.device)] for t in tensors)), bs=bs, balanced=False)
     return DomainLoaders(train, dls.valid, dls.tests, dls.vocab)
 
 # %% ../../nbs/family/19_groups.ipynb #37f61b24

@@ -56,22 +56,22 @@ def accuracy(
 # %% ../../nbs/foundations/21_tracking.ipynb #e61a9c8a
 class Answers(Callback):
     "Keeps which answers are right on a loader, and the domain of each example."
-    order,odd = 61,False # after the Recorder (50); `odd`: were there targets that are no classes?
-    def before_validate(self): self.right,self.domains = [],[]
+    order = 61 # after the Recorder (50)
+    def before_validate(self): self.right,self.targets,self.domains = [],[],[]
     def after_batch(self):
         if not self.training: self.look()
     def look(self):
         if len(self.yb) != 1:
             raise DglitError(f"batches with {len(self.yb)} targets: accuracy needs one class an example")
-        self.right.append(self.judged())
+        self.keep(self.right, self.targets)
         domain = getattr(self.learn, 'domain', None)
         if domain is not None: self.domains.append(domain.as_subclass(Tensor))
-    def judged(self):
-        right,odd = (f(self.pred, *self.yb).as_subclass(Tensor) for f in (is_right, any_odd))
-        self.odd = self.odd | odd
-        return right
-    def check(self, name):
-        if self.odd:
+    def keep(self, right, targets): # what the targets are is looked at in the end, all at once
+        self.answer = self.pred.detach()
+        right.append(is_right(self.pred, *self.yb).as_subclass(Tensor))
+        targets.append(self.yb[0].reshape(-1).as_subclass(Tensor))
+    def check(self, name, targets):
+        if targets and any_odd(self.answer, torch.cat(targets)):
             raise DglitError(f"{name}: some targets are no classes, below 0 or without an output: "
                              "number the classes from 0, and give the network an output for each")
 
@@ -115,7 +115,7 @@ def answers_on(
     taken = [] if any(isinstance(o, TakeDomain) for o in learn.cbs) else [TakeDomain()]
     learn.get_preds(dl=dl, inner=inner, reorder=False, act=noop, cbs=[*taken, looking])
     if not looking.right: raise DglitError(f"the loader of {name!r} is empty: needed at least one example")
-    looking.check(name)
+    looking.check(name, looking.targets)
     return by_group(name, torch.cat(looking.right), torch.cat(looking.domains) if looking.domains else None,
                     group_names(learn))
 
@@ -142,7 +142,7 @@ class TrackDomains(Answers):
         self.begun.append(None) # validate() and get_preds() call this and after_epoch too, ...
     def before_train(self): # ... but not this
         self.begun[-1] = self.epoch
-        self.train_right,self.odd = [],False
+        self.train_right,self.train_targets = [],[]
         if self.curve and self.epoch <= self.curve[-1]['epoch']: self.curve,self.weights = [],None # a new fit
 
     def due(self, epoch): return epoch is not None and (epoch % self.every == 0 or epoch == self.n_epoch-1)
@@ -153,7 +153,7 @@ class TrackDomains(Answers):
         if self.own: super().before_validate()
 
     def after_batch(self):
-        if self.training and self.due(self.epoch): self.train_right.append(self.judged())
+        if self.training and self.due(self.epoch): self.keep(self.train_right, self.train_targets)
         if not self.training and self.own: self.look()
 
     @property
@@ -186,7 +186,8 @@ def after_epoch(self:TrackDomains):
 def measured(self:TrackDomains, epoch, logged):
     "A line of the curve: losses, what else the Recorder logged, and accuracies."
     losses,_ = [(k, logged.pop(k)) for k in ('train_loss','valid_loss')], logged.pop('accuracy', None)
-    self.check('training or validation')
+    self.check('training', self.train_targets)
+    self.check('valid', self.targets)
     domains = torch.cat(self.domains) if self.domains else None
     train = dict(train=percent(torch.cat(self.train_right)))
     valid = {k: percent(v) for k,v in by_group('valid', torch.cat(self.right), domains,

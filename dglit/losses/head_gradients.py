@@ -146,7 +146,8 @@ def _diagonal(h, g, probes, rng):
     if probes is None: return hessian_diagonal(h), None
     E,*one = g.shape
     own,shared = (random_signs((probes, k, *one), g, rng) for k in (E, 1))
-    return probed_diagonal(h, own), _mean_of_those(probed_diagonal(h, shared.expand(-1, E, -1, -1)), h.present)
+    pooled = probed_diagonal(h, shared.expand(-1, E, -1, -1))
+    return probed_diagonal(h, own), _mean_of_those(pooled, h.present)
 CURVATURES = dict(product=_product, diagonal=_diagonal)
 
 # %% ../../nbs/family/02_head_gradients.ipynb #31fb899b
