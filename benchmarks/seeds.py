@@ -1,5 +1,5 @@
 """Several seeds in one program against a sweep of as many trainings, two at a time: seconds, and operators of a training step, which are what is launched on a card.
-Usage: python benchmarks/seeds.py [--digits mnist] [--n 10000] [--epochs 51]"""
+Usage: python benchmarks/seeds.py [irm] [rcl] [operators] [--n 10000] [--epochs 51]"""
 import argparse, sys, tempfile, time
 from dataclasses import replace
 from pathlib import Path
@@ -28,17 +28,19 @@ def seconds(f, specs, **kwargs):
 
 def main():
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument('--digits', default='mnist')
+    options.add_argument('what', nargs='*', default=['irm', 'rcl', 'operators'])
     options.add_argument('--n', type=int, default=10_000, help='digits that IRM trains on')
     options.add_argument('--epochs', type=int, default=51, help='steps of IRM')
     given = options.parse_args()
     print(f'{torch.get_num_threads()} threads, PyTorch {torch.__version__}, float32', flush=True)
-    irm = irm_spec('irm', **OFFICIAL, digits=given.digits, n=given.n, epochs=given.epochs, precision='fp32')
-    rcl = Spec('mnist_mp', 'convnet', 'rcl', digits='digits', epochs=2, every=2, precision='fp32')
-    for name, spec, n in (('IRM', irm, 10), ('RCL', rcl, 4)):
+    irm = irm_spec('irm', **OFFICIAL, n=given.n, epochs=given.epochs, precision='fp32')
+    rcl = Spec('mnist_mp', 'convnet', 'rcl', digits='digits', epochs=1, precision='fp32')
+    for name, spec, n in (('irm', irm, 10), ('rcl', rcl, 4)):
+        if name not in given.what: continue
         specs = [replace(spec, seed=i) for i in range(n)]
         together, apart = seconds(sweep_together, specs), seconds(sweep, specs, jobs=JOBS)
         print(f'{name}, {n} seeds: {together:.1f} s in one program, {apart:.1f} s in a sweep of {JOBS} jobs, ratio {together/apart:.2f}', flush=True)
+    if 'operators' not in given.what: return
     digits = load_digits()
     few = Digits(digits.x_train[:96], digits.y_train[:96], digits.x_test[:48], digits.y_test[:48])
     for method in ('erm', 'rcl', 'irm', 'cim'):

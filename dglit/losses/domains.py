@@ -35,6 +35,10 @@ def _ranks(d):
     begins = torch.cat([torch.zeros_like(s[:1]), (s[1:] != s[:-1]).long()])
     return torch.zeros_like(d).scatter(0, places, begins.cumsum(0))
 
+def _sums(values, index, n): # by scatter_add, which vmap knows
+    places = index.view(-1, *[1]*(values.ndim-1)).expand_as(values)
+    return values.new_zeros([n, *values.shape[1:]]).scatter_add(0, places, values)
+
 def domain_means(
     values:Tensor, # Of each example [N,...], such as its loss
     domains:Tensor, # The domain of each: see `domain_ids`
@@ -43,11 +47,11 @@ def domain_means(
     "Mean in each domain; without `n_domains` those present in the order of their ids, then empty places."
     d,v = domain_ids(domains, len(values)), at_least_float32(values)
     index,n = (_ranks(d),len(d)) if n_domains is None else (d,n_domains)
-    try: counts = v.new_zeros(n).index_add(0, index, torch.ones_like(index, dtype=v.dtype))
-    except IndexError as e:
+    try: counts = _sums(torch.ones_like(index, dtype=v.dtype), index, n)
+    except RuntimeError as e:
+        if 'out of bounds' not in str(e): raise
         raise DglitError(f"domains outside 0 to {n-1}: number them with domain_index") from e
-    sums = v.new_zeros([n, *v.shape[1:]]).index_add(0, index, v)
-    return sums/counts.clamp(min=1).view(-1, *[1]*(v.ndim-1)), counts
+    return _sums(v, index, n)/counts.clamp(min=1).view(-1, *[1]*(v.ndim-1)), counts
 
 # %% ../../nbs/foundations/05_domains.ipynb #78ab415a
 def mean_over_domains(

@@ -40,7 +40,7 @@ def other_partners(
 ) -> Tensor: # Places int64 [N]
     "For each example one of another domain."
     order,N = index.argsort(stable=True),len(index)
-    n = index.new_zeros(n_domains).index_add(0, index, torch.ones_like(index))
+    n = index.new_zeros(n_domains).scatter_add(0, index, torch.ones_like(index))
     own,begins = n[index],(n.cumsum(0) - n)[index]
     k = (chance*(N - own)).long()
     return order[(k + (k >= begins)*own).clamp(max=N-1)]
