@@ -1,4 +1,4 @@
-"""The linear unit tests by the search of IB-IRM's authors (and by one with higher learning rates); all draws and seeds of a method at once, a line a training.
+"""The linear unit tests by the search of IB-IRM's authors; all draws and seeds of a method at once, a line a training.
 
 Usage: python benchmarks/unit_tests.py nbs/results/family-unit-tests.csv [--steps 10000] [--n 500] [--seeds 10] [--draws 20]
 
@@ -14,14 +14,13 @@ from dglit.core import generator, keep_memory
 from dglit.data.unit_tests import unit_test
 
 METHODS = {'ERM': (), 'IB-ERM': ('gamma',), 'IRM': ('weight',), 'IB-IRM': ('weight', 'gamma'), 'oracle': ()}
-RATES = dict(authors=(-4, -2), faster=(-3, -1))  # powers of ten
 DEFAULTS = dict(lr=1e-3, wd=0., weight=.9, gamma=.1)
 
 
-def drawn(rates, draws):
+def drawn(draws):
     "The defaults, then draws: the first of each seed's models is the authors' default."
     rng = np.random.default_rng(0)
-    one = lambda: dict(lr=10**rng.uniform(*RATES[rates]), wd=10**rng.uniform(-6, -2), weight=1 - 10**rng.uniform(-3, -.3), gamma=1 - 10**rng.uniform(-2, 0))
+    one = lambda: dict(lr=10**rng.uniform(-4, -2), wd=10**rng.uniform(-6, -2), weight=1 - 10**rng.uniform(-3, -.3), gamma=1 - 10**rng.uniform(-2, 0))
     return [DEFAULTS] + [one() for _ in range(draws - 1)]
 
 
@@ -52,9 +51,9 @@ def loss(z, y, classes, weight, gamma):
 def wrong(z, y, classes): return (((z > 0) != (y > .5)).float() if classes else (z - y).square()).mean((1, 2))
 
 
-def train(example, method, rates, seeds, draws, steps, n):
+def train(example, method, seeds, draws, steps, n):
     "A line for each seed and draw: errors on the validation and the test data after the last step."
-    settings, classes = drawn(rates, draws), example.startswith('2')
+    settings, classes = drawn(draws), example.startswith('2')
     data = stacked(example, seeds, n, method == 'oracle')
     own = {k: torch.tensor([o[k] if k in METHODS[method] else 0. for o in settings]) for k in ('weight', 'gamma')}
     order = generator(0, 'weights')
@@ -66,7 +65,7 @@ def train(example, method, rates, seeds, draws, steps, n):
         loss(outputs(data['train'][0]), data['train'][1], classes, **own).sum().backward()
         opt.step()
     with torch.no_grad(): found = {k: wrong(outputs(data[k][0]), data[k][1], classes) for k in ('valid', 'test')}
-    return [dict(example=example, rates=rates, method=method, seed=s, draw=j, **{k: float(f'{v[i, j]:.5g}') for k, v in found.items()},
+    return [dict(example=example, method=method, seed=s, draw=j, **{k: float(f'{v[i, j]:.5g}') for k, v in found.items()},
                  **{k: float(f'{v:.4g}') for k, v in o.items() if k in ('lr', 'wd', *METHODS[method])}) for i, s in enumerate(seeds) for j, o in enumerate(settings)]
 
 
@@ -75,14 +74,13 @@ def main():
     p.add_argument('file')
     for k, v in dict(steps=10_000, n=500, seeds=10, draws=20).items(): p.add_argument(f'--{k}', type=int, default=v)
     args, lines = p.parse_args(), []
-    for rates in RATES:
-        for example in ('1', '2'):
-            for method in METHODS:
-                lines += train(example, method, rates, range(args.seeds), args.draws, args.steps, args.n)
-                d = pd.DataFrame(lines).query('example == @example and method == @method and rates == @rates')
-                picks = {by: d.loc[d.groupby('seed')[by].idxmin(), 'test'] for by in ('valid', 'test')}
-                print(rates, example, method, {k: f'{v.mean():.3f} ± {v.std():.3f}' for k, v in picks.items()}, flush=True)
-                pd.DataFrame(lines).to_csv(args.file, index=False)
+    for example in ('1', '2'):
+        for method in METHODS:
+            lines += train(example, method, range(args.seeds), args.draws, args.steps, args.n)
+            d = pd.DataFrame(lines).query('example == @example and method == @method')
+            picks = {by: d.loc[d.groupby('seed')[by].idxmin(), 'test'] for by in ('valid', 'test')}
+            print(example, method, {k: f'{v.mean():.3f} ± {v.std():.3f}' for k, v in picks.items()}, flush=True)
+            pd.DataFrame(lines).to_csv(args.file, index=False)
 
 
 if __name__ == '__main__': keep_memory(); main()

@@ -166,7 +166,7 @@ def test_figures_grey_is_legible_on_the_page(browser, scheme):
 @needs_browser
 @pytest.mark.parametrize('query,href', [('margin', 'rcl/loss'), ('75%', 'irm/colored_mnist'), ('table 2', 'rcl/table2'),
                                         ('reproduce table 2 cluster', 'guides/gpu_and_cluster'), ('multi GPU', 'foundations/several_cards'),
-                                        ('cost memory time', 'foundations/precision'), ('CSV images group', 'guides/own_images'),
+                                        ('cost memory time', 'guides/gpu_and_cluster'), ('CSV images group', 'guides/own_images'),
                                         ('DomainBed names', 'guides/domainbed'), ('list of all methods', 'guides/all_methods'),
                                         ('ONNX', 'foundations/saving'), ('without fastai', 'foundations/methods'), ('licence cite', 'index')])
 def test_the_search_finds(browser, query, href):
