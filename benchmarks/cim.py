@@ -19,17 +19,19 @@ CONTENDERS = {'plain training': ('erm', {}), 'VIB': ('vib', {}), 'SCL, triplets 
 
 
 class Steps(Callback):
-    "Times the steps after the first ones, and ends."
+    "Times the steps after the first ones, and ends. On a CPU it counts the processor's time, of which other programs take none."
     order = 100
 
     def __init__(self, steps, first=10): self.steps, self.first = steps, first
 
     def before_batch(self):
         if not self.training: return
-        if self.dls.device.type == 'cuda': torch.cuda.synchronize()
-        if self.iter == self.first: self.start = time.perf_counter()
+        on_card = self.dls.device.type == 'cuda'
+        if on_card: torch.cuda.synchronize()
+        now = (time.perf_counter if on_card else time.process_time)()
+        if self.iter == self.first: self.start = now
         if self.iter == self.first + self.steps:
-            self.seconds = (time.perf_counter() - self.start)/self.steps
+            self.seconds = (now - self.start)/self.steps
             raise CancelFitException
 
 

@@ -8,7 +8,8 @@ import torch
 from cim import Steps
 
 from dglit.core import keep_memory
-from dglit.experiments.run import learner_of
+from dglit.data.compose import photo_digits
+from dglit.experiments.run import learner_on
 from dglit.experiments.spec import Spec
 
 NETWORKS = 'efficientnet_lite0', 'resnet18'
@@ -21,8 +22,9 @@ def main():
     bs, steps, rounds, file = (sys.argv[1:] + ['16', '5', '3', ''][len(sys.argv)-1:])[:4]
     keep_memory()
     lines = []
+    dls = photo_digits(size=128, bs=int(bs))
     for name in NETWORKS:
-        learners = {k: learner_of(Spec('photo_digits', 'backbone', m, size=128, name=name, bs=int(bs), precision='fp32', **s)) for k, (m, s) in CONTENDERS.items()}
+        learners = {k: learner_on(dls, Spec('photo_digits', 'backbone', m, size=128, name=name, bs=int(bs), precision='fp32', **s)) for k, (m, s) in CONTENDERS.items()}
         for i in range(int(rounds)):
             for k, learn in learners.items():
                 with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=(clock := Steps(int(steps), FIRST)))

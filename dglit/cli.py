@@ -6,7 +6,7 @@ Docs: https://dglit.github.io/dglit/foundations/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'DATA', 'MODEL', 'METHOD', 'SET', 'SEED', 'RULE', 'BY', 'FOR_ALL', 'RECORD', 'SEARCHED', 'REPORTED', 'LISTED',
-           'FOLDER', 'OUT', 'JOBS', 'BACKEND', 'ADDRESS', 'FEW_STEPS', 'NEEDS', 'value_of', 'settings_given',
+           'FOLDER', 'OUT', 'JOBS', 'BACKEND', 'ADDRESS', 'FEW_STEPS', 'NEEDS', 'tell', 'value_of', 'settings_given',
            'spec_given', 'demo', 'in_words', 'tell_data', 'progress', 'train', 'evaluate', 'on_new_images', 'tell_run',
            'reproduce', 'print_report', 'space_given', 'search_of', 'compare', 'search', 'report', 'first_line',
            'in_lines', 'of_part', 'of_table', 'list_', 'main']
@@ -19,6 +19,11 @@ from unicodedata import category
 import typer
 
 # %% ../nbs/foundations/40_cli.ipynb #d7d8d91b
+def tell(*what, **how):
+    "`print`, with what would steer a terminal shown as text: file names and classes are other people's."
+    from dglit.core import shown
+    print(*map(shown, what), **how)
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help='dglit: the domain-generalization literature as a book that runs.')
 
@@ -57,7 +62,8 @@ def settings_given(pairs, options):
 def spec_given(data, model, method, pairs, seed=0):
     "The description that a command line gives."
     from dglit.experiments.spec import Spec, as_methods, as_part, options_of
-    parts = as_part(data, 'dataset'), as_part(model, 'model'), *as_methods('+'.join(method) or 'erm')
+    methods = as_methods('+'.join(method) if method else 'erm')
+    parts = as_part(data, 'dataset'), as_part(model, 'model'), *methods
     return Spec(*parts[:2], list(parts[2:]), seed=seed, **settings_given(pairs, options_of(parts)))
 
 # %% ../nbs/foundations/40_cli.ipynb #d01aeee6
@@ -82,7 +88,7 @@ REPORTED = Annotated[str, typer.Option(help='See `dglit list`; none: every table
 LISTED = Annotated[str, typer.Argument(help='A table: its rows; a part: its settings; none: all there is.')]
 FOLDER = Annotated[str, typer.Option(help='Folder of what is written; none: none, or a report\'s records\'.')]
 OUT = Annotated[str, typer.Option(help='Folder of the records; what is there is not run again.')]
-JOBS = Annotated[int, typer.Option(help='Runs at a time.', min=1)]
+JOBS = Annotated[int, typer.Option(help='Runs at a time.', min=1, max=1000)]
 BACKEND = Annotated[str, typer.Option(help='Where the runs go: processes here, or dask.')]
 ADDRESS = Annotated[str, typer.Option(help='Of the Dask scheduler.')]
 
@@ -90,14 +96,14 @@ ADDRESS = Annotated[str, typer.Option(help='Of the Dask scheduler.')]
 @app.command()
 def demo(
     out: Annotated[str, typer.Option(help='Folder for the figure and the records.')] = 'dglit-demo',
-    seeds: Annotated[int, typer.Option(help='Trainings of each kind.', min=1)] = 3):
+    seeds: Annotated[int, typer.Option(help='Trainings of each kind.', min=1, max=1000)] = 3):
     "Plain training against RCL, IRM and CIM on bundled digits: offline, under two minutes."
     from dglit.experiments.demo import demo
-    print('Digits whose colours tell the class in training; at test time the colours are gone (MNIST-MP) '
+    tell('Digits whose colours tell the class in training; at test time the colours are gone (MNIST-MP) '
           'or mislead (Colored MNIST, painted backgrounds).')
     table = demo(out, seeds).to_string()
-    print(f'\nAccuracy in percent, mean ± standard deviation over {seeds} seeds:\n\n{table}\n')
-    print(f'Settings are the demo\'s, not the paper\'s. Figure: {out}/demo.png   Records: {out}/demo.jsonl')
+    tell(f'\nAccuracy in percent, mean ± standard deviation over {seeds} seeds:\n\n{table}\n')
+    tell(f'Settings are the demo\'s, not the paper\'s. Figure: {out}/demo.png   Records: {out}/demo.jsonl')
 
 # %% ../nbs/foundations/40_cli.ipynb #aee00615
 def in_words(figures):
@@ -109,10 +115,10 @@ FEW_STEPS = 100
 def tell_data(learn, spec):
     "Print how many images there are of each group, what was left out, and a warning of a short training."
     from dglit.data.image_groups import group_table
-    if hasattr(learn.dls, 'group_names'): print(group_table(learn.dls).to_string(), end='\n\n')
-    for o in getattr(learn.dls, 'left_out', [])[:5]: print(f'left out: {o}')
+    if hasattr(learn.dls, 'group_names'): tell(group_table(learn.dls).to_string(), end='\n\n')
+    for o in getattr(learn.dls, 'left_out', [])[:5]: tell(f'left out: {o}')
     steps = len(learn.dls.train)*spec.recipe.epochs
-    if steps < FEW_STEPS: print(f'{steps} steps are few to learn from: give more epochs, or a smaller bs')
+    if steps < FEW_STEPS: tell(f'{steps} steps are few to learn from: give more epochs, or a smaller bs')
 
 def progress(epochs):
     "Of each epoch that ends, how long the rest will take."
@@ -139,14 +145,14 @@ def train(
     folder = writable(out, 1, learn.model) if out else None
     tell_data(learn, spec)
     clock = progress(spec.recipe.epochs)
-    r = fit(learn, spec, each_epoch=lambda o: print(in_words(o), next(clock), flush=True))
-    if folder: print(f'Record: {write_whole(folder/record_name(spec), r.to_json() + chr(10))}')
+    r = fit(learn, spec, each_epoch=lambda o: tell(in_words(o), next(clock), flush=True))
+    if folder: tell(f'Record: {write_whole(folder/record_name(spec), r.to_json() + chr(10))}')
     if r.status == 'diverged':
-        print('diverged: the loss is no longer a number. Try a smaller lr'); sys.exit(1)
+        tell('diverged: the loss is no longer a number. Try a smaller lr'); sys.exit(1)
     epoch = r.measured[select_epoch(r.measured, rule)]['epoch']
-    print(f'\n{rule} picks epoch {epoch}: {in_words(r.at(rule))}')
+    tell(f'\n{rule} picks epoch {epoch}: {in_words(r.at(rule))}')
     if folder:
-        print(f'Weights: {save_trained(learn, (folder/record_name(spec)).with_suffix(""))/"weights.pt"}')
+        tell(f'Weights: {save_trained(learn, (folder/record_name(spec)).with_suffix(""))/"weights.pt"}')
 
 # %% ../nbs/foundations/40_cli.ipynb #bda85c02
 @app.command()
@@ -160,14 +166,14 @@ def evaluate(
     "What a saved training gets right, in every domain and group; or what it says of new images."
     if images: return on_new_images(record, images, out, file=file, label=label, group=group)
     from pathlib import Path
-    from dglit.core import DglitError, shown
+    from dglit.core import DglitError
     from dglit.experiments.record import read_runs
     from dglit.experiments.run import learner_of
     from dglit.learner import evaluate, load_trained
     runs = read_runs(record)
-    if len(runs) != 1: raise DglitError(f"{shown(record)} holds {len(runs)} records: give the file of one")
+    if len(runs) != 1: raise DglitError(f"{record} holds {len(runs)} records: give the file of one")
     learn = load_trained(learner_of(runs[0].spec), Path(record).with_suffix(''))
-    print(evaluate(learn).to_string())
+    tell(evaluate(learn).to_string())
 
 def on_new_images(record, images, out, **columns):
     "Print accuracies where labels are known, and write what the network says."
@@ -175,32 +181,34 @@ def on_new_images(record, images, out, **columns):
     from dglit.experiments.new_images import accuracy_by_group, predictions
     found = predictions(record, images, **columns)
     known = accuracy_by_group(found)
-    print(known.round(1).to_string() if known.n['all'] else found.prediction.value_counts().to_string())
-    print(f'Predictions: {write_whole(out, found.to_csv(index=False))}')
+    tell(known.round(1).to_string() if known.n['all'] else found.prediction.value_counts().to_string())
+    tell(f'Predictions: {write_whole(out, found.to_csv(index=False))}')
 
 # %% ../nbs/foundations/40_cli.ipynb #e40f9d32
 def tell_run(r, done, total):
     "A run that has ended, on a line."
     from dglit.experiments.sweep import label
-    print(f"{done} of {total}: {label(r.spec)}: {in_words(r.at('last')) or r.status}  ({r.seconds:.0f} s)",
+    tell(f"{done} of {total}: {label(r.spec)}: {in_words(r.at('last')) or r.status}  ({r.seconds:.0f} s)",
           flush=True)
 
 @app.command()
 def reproduce(
     table: Annotated[list[str], typer.Argument(help='See `dglit list`; several run as one.')],
-    out: OUT = 'runs', seeds: Annotated[int, typer.Option(help='Runs of each row.', min=1)] = 10,
+    out: OUT = 'runs', seeds: Annotated[int, typer.Option(help='Runs of each row.', min=1, max=1000)] = 10,
     jobs: JOBS = 1,
     rows: Annotated[str, typer.Option(help='Names of rows, separated by commas; none: all.')] = '',
     set_: FOR_ALL = [],
     backend: BACKEND = 'processes', address: ADDRESS = '',
     together: Annotated[bool, typer.Option('--together', help='Seeds of a row side by side.')] = False):
     "Run what a paper's table still lacks, and set the result beside it."
-    from dglit.core import choose
+    from dglit.core import DglitError, choose
     from dglit.experiments.spec import options_of
     from dglit.experiments.sweep import sweep_with_progress
     from dglit.experiments.tables import specs_of
     from dglit.experiments.together import sweep_together
     from dglit.papers import TABLES
+    if together and (backend != 'processes' or address):
+        raise DglitError(f"--together runs in programs here, not by {backend!r} {address}: leave one of them")
     tables,of = [choose(o, TABLES, 'table') for o in table], rows.split(',') if rows else None
     first = specs_of(tables[0], 1, of)[0]
     changes,runs,before = settings_given(set_, options_of((first.data, first.model))), [], None
@@ -222,11 +230,11 @@ def print_report(table, runs, out, given=None):
     from dglit.papers import TABLES
     for changes in variants(table, runs, TABLES.values()) or ([] if given is None else [given]):
         s = report(table, runs, out, **changes)
-        if not (s.n > 0).any(): print(f'\n{table.title}: no run has ended'); continue
+        if not (s.n > 0).any(): tell(f'\n{table.title}: no run has ended'); continue
         changed = ''.join(f', {k} = {v}' for k,v in changes.items())
-        print(f'\n{table.title}{changed}, accuracy in percent; published: {table.source}.\n')
-        print(as_text(s[s.n > 0]).to_string())
-        print(f'\nAlso in {out}: {report_name(table, **changes)}.md, .csv, .png')
+        tell(f'\n{table.title}{changed}, accuracy in percent; published: {table.source}.\n')
+        tell(as_text(s[s.n > 0]).to_string())
+        tell(f'\nAlso in {out}: {report_name(table, **changes)}.md, .csv, .png')
 
 # %% ../nbs/foundations/40_cli.ipynb #7897a0dc
 def space_given(pairs, options):
@@ -261,9 +269,9 @@ def compare(searches, runs):
     ended = {r.spec: r for r in runs}
     table = pd.DataFrame({k: ended[o].at(rule) for k,(o,_,rule) in found.items()}).T.round(1)
     table = table.sort_values(by := next(iter(found.values()))[1], ascending=False)
-    print(table.to_string())
-    for k,(o,_,_) in found.items(): print(f'{k}: {o}')
-    print(f'\nby {by}: {table.index[0]}. One seed of each draw: run the first few again with other seeds')
+    tell(table.to_string())
+    for k,(o,_,_) in found.items(): tell(f'{k}: {o}')
+    tell(f'\nby {by}: {table.index[0]}. One seed of each draw: run the first few again with other seeds')
 
 # %% ../nbs/foundations/40_cli.ipynb #c1b9ae46
 @app.command()
@@ -272,7 +280,7 @@ def search(
     data: DATA = 'mnist_mp', model: MODEL = 'convnet', method: METHOD = [], set_: SET = [],
     space: Annotated[list[str],
                      typer.Option(help='NAME=LEAST..GREATEST or NAME=VALUE,VALUE; may be repeated.')] = [],
-    draws: Annotated[int, typer.Option(help='How many draws from the ranges.', min=1)] = 16,
+    draws: Annotated[int, typer.Option(help='How many draws from the ranges.', min=1, max=10_000)] = 16,
     each: Annotated[str, typer.Option(help='Methods to compare, such as erm,vib,cim+vib: each is searched; '
                                       'METHOD.NAME in a space is for that method.')] = '',
     rule: RULE = 'last', by: BY = 'valid',
@@ -283,6 +291,8 @@ def search(
     from dglit.experiments.spec import options_of
     from dglit.experiments.sweep import sweep_with_progress
     from dglit.papers import SEARCHES
+    if name and (each or space or set_ or method):
+        raise DglitError(f"search {name!r} has a space and methods of its own: leave the options or the name")
     if each:
         searches = {o: search_of(data, model, o, set_, space, draws, rule, by) for o in each.split(',')}
         specs = list(dict.fromkeys(s for o in searches.values() for s in o.specs()))
@@ -294,8 +304,8 @@ def search(
     s = choose(name, SEARCHES, 'search') if name else Search(spec, space_given(space, options), draws, rule,
                                                              by)
     runs = sweep_with_progress(s.specs(), out, jobs, backend=backend, address=address)
-    print(s.table(runs).to_string(index=False))
-    print(f'\nby {s.by} at {s.rule}: {s.pick(runs)}')
+    tell(s.table(runs).to_string(index=False))
+    tell(f'\nby {s.by} at {s.rule}: {s.pick(runs)}')
 
 # %% ../nbs/foundations/40_cli.ipynb #d63a8fe5
 @app.command()
@@ -304,23 +314,23 @@ def report(
     table: REPORTED = '', out: FOLDER = ''):
     "The table that records make, beside the published one: printed, and as Markdown, CSV and PNG."
     from pathlib import Path
-    from dglit.core import DglitError, choose, shown
+    from dglit.core import DglitError, choose
     from dglit.experiments.record import read_runs
     from dglit.experiments.sweep import label, writable
     from dglit.experiments.tables import variants
     from dglit.papers import TABLES
     tables = [choose(table, TABLES, 'table')] if table else list(TABLES.values())
     runs = read_runs(path, unreadable := [])
-    for o in unreadable: print(shown(o))
+    for o in unreadable: tell(o)
     tables = [t for t in tables if variants(t, runs, TABLES.values())]
     if not tables:
-        raise DglitError(f"no record of {table or 'any table'} in {shown(path)}: "
+        raise DglitError(f"no record of {table or 'any table'} in {path}: "
                          "give a folder that `dglit reproduce` wrote")
     folder = writable(out or (path if os.path.isdir(path) else Path(path).parent))
     for t in tables: print_report(t, runs, folder)
     for r in runs:
         if r.status != 'done':
-            print(f"{label(r.spec)}: {r.status} {shown(''.join(r.error.splitlines()[-1:]))}")
+            tell(f"{label(r.spec)}: {r.status} {''.join(r.error.splitlines()[-1:])}")
 
 # %% ../nbs/foundations/40_cli.ipynb #76cdb9c6
 def first_line(part):
@@ -360,18 +370,18 @@ def list_(name: LISTED = ''):
                                                             for k,p in signature(Recipe).parameters.items()})
     kinds = {o: kind for kind,registry in REGISTRIES.items() for o in registry}
     if name: choose(name, [*TABLES, *kinds, 'recipe'], 'table or part')
-    if name in TABLES: return print(of_table(TABLES[name]))
-    if name: return print(recipe if name == 'recipe' else of_part(name, kinds[name]))
-    print('tables\n' + in_lines({k: f'{t.title} ({t.source}): {len(t.rows)} rows' for k,t in TABLES.items()}))
-    print('searches\n'
-          + in_lines({k: f'{len(s.specs())} of {s.spec.data} with {s.spec.method.partition("(")[0]}'
-                      for k,s in SEARCHES.items()}))
+    if name in TABLES: return tell(of_table(TABLES[name]))
+    if name: return tell(recipe if name == 'recipe' else of_part(name, kinds[name]))
+    tell('tables\n' + in_lines({k: f'{t.title} ({t.source}): {len(t.rows)} rows' for k,t in TABLES.items()}))
+    tell('searches\n'
+          + in_lines({k: f'{len(s.specs())} of {s.spec.data} with '
+                      + ('+'.join(o.name for o in s.spec.methods) or 'erm') for k,s in SEARCHES.items()}))
     for kind,registry in REGISTRIES.items():
         groups = {f'{kind}s': registry} if kind != 'method' else {
             says: {k: o for k,o in registry.items() if getattr(o, 'needs', 'nothing') == need}
             for need,says in NEEDS.items()}
         for says,some in groups.items():
-            print(f'{says}\n' + in_lines({k: first_line(o) for k,o in some.items()}))
+            tell(f'{says}\n' + in_lines({k: first_line(o) for k,o in some.items()}))
 
 # %% ../nbs/foundations/40_cli.ipynb #41f28dcd
 def main():
@@ -388,7 +398,9 @@ def main():
         print('dglit: interrupted. What was written is kept; the same command goes on', file=sys.stderr,
               flush=True)
         os._exit(130) # threads may be at work
-    except ValueError as e:
+    except Exception as e:
         from dglit.core import DglitError, shown
-        if not isinstance(e, DglitError): raise
-        print(f"dglit: {' '.join(shown(e).split())}", file=sys.stderr); sys.exit(2)
+        no_room = isinstance(e, MemoryError) or isinstance(e, RuntimeError) and 'memory' in str(e)
+        if not no_room and not isinstance(e, (DglitError,OSError)): raise
+        hint = ' Give a smaller model, size or bs' if no_room else ''
+        print(f"dglit: {' '.join(shown(e).split())[:2000]}{hint}", file=sys.stderr); sys.exit(2)

@@ -84,6 +84,7 @@ def execute(f, args, kwargs):
     kwargs = {k: v for k, v in kwargs.items() if not (k == 'pin_memory')} if card else kwargs
     with Card.now.own_numbers() if card and Card.now and torch.Tag.nondeterministic_seeded in f.tags else nullcontext():
         out = f(*tree_map(lambda o: o.real_ if on(o) else o, args), **tree_map(lambda o: o.real_ if on(o) else o, kwargs))
+    if card and any(isinstance(o, torch.Tensor) and o.dtype == torch.float64 for o in tree_leaves(out)): tell('float64') # which Apple's have not
     return tree_map(lambda o: back.get(id(o)) if id(o) in back else OnCard(o) if card and isinstance(o, torch.Tensor) else o, out)
 
 

@@ -212,7 +212,7 @@ def test_readings():
     assert round(t['batch-inf'] - 89.9) == -10
     assert abs(t['channel-inf'] - 89.9) < 1.8 and round(t['channel-0.9'] - 68.2) == 15
     assert t['mean-inf'] < 40
-    assert round(t['dropout-unscaled']) == 21
+    assert round(t['dropout-unscaled']) == 21 and round(TEST['mean']['dropout']) == 39 and TEST.n['dropout'] == 5
     for row in ('erm', 'rcl-inf'): assert abs(TEST.difference[row]) < TEST.published_std[row]
 
 
@@ -247,6 +247,7 @@ def test_validation_chooses_colour():
     for row in ('irm', 'vrex', 'erm', 'group-dro'):
         a = accuracies(TABLES['irm-colored-mnist'].row(f'{row}-validated'), ALL)
         assert a.test.between(9, 11.5).all() and a.train.between(84, 86).all()
+    assert round(IRM_TEST['mean']['irm-drawn']) == 32 # as the title, the story and the risks have it
     for m in ('irm', 'vrex'): # the draws that the table takes are those that validation chooses
         best = max((r for r in RUNS['irm-search'] if r.spec.methods[0].name == m), key=lambda r: r.at('last')['valid'])
         assert SEARCHES[f'irm-{m}'].pick(ALL) == best.spec and best.spec.training == of('irm-colored-mnist', f'{m}-drawn')[0].spec.training
@@ -279,6 +280,8 @@ def test_cim_with_vib_beats_plain_training():
         for m in ('mask', 'cim', 'gram', 'feature', 'both'): assert apart(f'{m}-{a}', f'erm-{a}')
     gain = [CIM_TEST['mean'][f'both-{a}'] - CIM_TEST['mean'][f'erm-{a}'] for a in ('0.5', '1', '2')]
     assert gain[1] >= 8 and abs(gain[0] - 26.67) < 1 and gain[1] > 3*10.84 and gain[2] > 3*4.55
+    *low, _ = sorted(round(r.at('last')['test']) for r in runs_of(CIM_TABLE.row('both-0.5'), ALL))
+    assert low == [26, 27]
     assert round(CIM_TEST['mean']['mask-1']) == 68 and round(CIM_TEST['mean']['erm-1']) == 27 and CIM_TEST['std']['both-0.5'] > 10
 
 
@@ -299,6 +302,7 @@ def test_what_the_search_says():
     assert 5 < cim - found('cim-transposed') < 6 and 3 < cim - found('cim-net-16x3') < 4
     assert all(abs(cim - found(f'cim-{o}')) < 2 for o in ('window-3x3', 'window-11x1', 'positive', 'negative', 'train', 'fp32'))
     assert found('vib-0.1') == 50 and found('cim-vib-1e-05') < cim and plain < found('erm-long') < mask - 10
+    assert round(found('erm-long', 'test')) == 35 and found('cim-0.01') - mask < 2.5
 
 
 def test_what_the_searches_of_cim_pick():

@@ -1,5 +1,5 @@
 "Files that are missing, cut or wrong; loaders inside fastai."
-import gzip, pickle, resource, struct, sys, types
+import gzip, os, pickle, resource, struct, sys, types
 
 import numpy as np
 import pytest
@@ -54,6 +54,8 @@ def test_reads_gzipped_and_plain(small, monkeypatch):
     (lambda f: f.write_bytes(f.read_bytes()[:40] + b'\x00\x01\x02' + f.read_bytes()[43:]), 'cannot be read'),
     (lambda f: f.write_bytes(gzip.compress(idx(np.zeros((6, 28, 28), np.uint8)) + bytes(9))), 'more than 4704 bytes'),
     (lambda f: f.write_bytes(bytes([0, 0, 8, 3]) + struct.pack('>3I', 2**31, 2**31, 4)), 'expected 268,435,456 bytes at most'),
+    (lambda f: f.write_bytes(bytes([0, 0, 8, 3]) + struct.pack('>3I', 0, 2**32-1, 2**32-1)), 'expected 268,435,456 bytes at most'),
+    (lambda f: (f.unlink(), os.mkfifo(f)), 'no regular file'),
     (lambda f: f.write_bytes(b'<html>'), 'magic number'),
     (lambda f: f.write_bytes(b''), 'magic number'),
     (lambda f: f.unlink(), 'lacks train-images-idx3-ubyte')])

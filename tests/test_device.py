@@ -152,6 +152,7 @@ def test_measured_exported_and_read_again(method, tmp_path):
     with a_card() as card:
         learn = fit(learner(method, {}, CARD, path=tmp_path), 1)
         there, same_answers = tables(learn)
+        assert method == 'pair' or not card.of('float64')                           # Apple's cards have none
         assert here.equals(there) and torch.equal(answers, same_answers)
         save_trained(learn, tmp_path/'saved')
         learn.export('learn.pkl')

@@ -122,6 +122,19 @@ def test_labels_that_do_not_fit(name, wrong):
         with pytest.raises(DglitError): CASES[name](x, wrong(y), d)
 
 
+@pytest.mark.parametrize('name', ['rcl', 'rcl_without_limit', 'irm', 'irm_unbiased'])
+def test_labels_that_are_no_classes(name):
+    x, y, d = a_batch()
+    for wrong in (y + .5, y/0., y*1j) + ((y - 1, y + 6) if name.startswith('irm') else ()):
+        with pytest.raises(DglitError, match='labels'): CASES[name](x, wrong, d)
+
+
+def test_images_that_are_no_images():
+    x = torch.rand(2, 1, 28, 28)
+    for wrong in ((255*x).byte(), x[..., :20], x.expand(-1, 3, -1, -1)):
+        with pytest.raises(DglitError, match='needed two alike'): ms_ssim(x, wrong)
+
+
 @pytest.mark.parametrize('name', OF_DOMAINS)
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(-2**62, 2**62), min_size=3, max_size=3, unique=True), st.integers(0, 99))

@@ -618,6 +618,20 @@ def test_plain_pytorch_loaders(name):
     assert finite(fit(ours)) and len(ours.track_domains.curve) == 1
 
 
+@pytest.mark.parametrize('name', DOMAIN)
+def test_ids_that_plain_loaders_give(name):
+    "Bool and whole floats train as the integers they are; what is no whole number of its own is refused, in training and in measuring."
+    x, y, d = torch.rand(16, 3, 28, 28), torch.arange(16) % 10, torch.arange(16) % 2
+    def made(d):
+        set_seed(0)
+        return domain_learner(DataLoaders(*(TorchLoader(TensorDataset(x, y, d), 8) for _ in range(2))), no_norm(), METHODS[name]())
+    whole = fit(made(d))
+    for ids in (d > 0, d.double()[:, None]):
+        assert same(fit(other := made(ids)), whole) and other.track_domains.curve == whole.track_domains.curve
+    for ids in (d + .5, d/torch.zeros(16), d*1j, d + torch.tensor(20230101.), torch.stack([d, d], 1)):
+        for f in (fit, evaluate): assert error_of(lambda: f(made(ids))).startswith('domains')
+
+
 def test_features_and_domains_in_one_term(few):
     "A term that needs both derives from both, in either order, and writes term alone."
     for bases in ((FeatureMethod, DomainMethod), (DomainMethod, FeatureMethod)):
@@ -641,7 +655,18 @@ def test_what_does_not_fit_is_said_before_training(few):
         assert 'is in this Learner twice' in error_of(lambda: fit(learn))
         assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
     few_dls = mnist_mp(few, bs=32, size=28)
-    assert 'needs targets 0 and 1, these reach from 0 to 9' in error_of(lambda: domain_learner(few_dls, tiny(), loss_func=BCEWithLogitsLossFlat()))
+    assert error_of(lambda: fit(learner(few, IRM(), ids=(3, 3)))).startswith('IRM compares domains')  # fastai puts nothing before it
+    assert 'binary cross-entropy one in all' in error_of(lambda: domain_learner(few_dls, tiny(), loss_func=BCEWithLogitsLossFlat()))
+    x, y = torch.rand(16, 4), torch.arange(16) % 4
+    def on(y, outputs, loss=None, valid=y):
+        return domain_learner(DataLoaders(*(TorchLoader(TensorDataset(x[:len(o)], o), 4) for o in (y, valid))), nn.Linear(4, outputs), loss_func=loss)
+    for outputs in (1, 2, 3):
+        for loss in (None, nn.CrossEntropyLoss(), BCEWithLogitsLossFlat(), nn.functional.binary_cross_entropy_with_logits, lambda z, y: z.mean(), MSELossFlat()):
+            assert f'0 to 3, and this network has {outputs} outputs' in error_of(lambda: on(y, outputs, loss))
+    for wrong in (y.float(), torch.eye(4)[y]): assert error_of(lambda: on(wrong, 4, valid=wrong))
+    assert "loader of 'train' makes no batch" in error_of(lambda: on(y[:0], 4)) and "of 'valid' makes no" in error_of(lambda: on(y, 4, valid=y[:0]))
+    for late in (dict(y=y + 1), dict(valid=torch.cat([y[:8], y[8:] + 1]))):              # where the first batch does not tell
+        assert 'some targets are no classes' in error_of(lambda: fit(on(**{**dict(y=y, outputs=4, loss=lambda z, y: z.square().mean()), **late})))
     numbers = TorchLoader(TensorDataset(torch.rand(8, 4), torch.rand(8, 1)), 4)
     assert 'are no classes' in error_of(lambda: domain_learner(DataLoaders(numbers, numbers), nn.Linear(4, 1), loss_func=MSELossFlat()))
     assert 'depth 0: a mask network needs at least 1' in error_of(lambda: CIM(depth=0))

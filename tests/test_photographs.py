@@ -1,6 +1,6 @@
 """Photographs: odd files, caches, augmentation, folders and tables of forty bad kinds, official layouts, networks.
 Real lists are read where DGLIT_IMAGES names a folder that has metadata/; all images are made here."""
-import json, os, shutil, subprocess, sys, threading
+import io, json, os, shutil, subprocess, sys, threading
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +10,20 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from dglit.core import DglitError, generator
+from dglit.core import DglitError, generator, set_seed
 from dglit.data.celeba import CELEBA, celeba_table
 from dglit.data.compose import compose, dealt_grounds, dealt_places, photo_digits
 from dglit.data.image_groups import check_table, drawn_splits, group_table, image_groups, numbered, read_table
 from dglit.data.images import fingerprint, pack_images, read_image
 from dglit.data.imagenet9 import IN9_CLASSES
 from dglit.data.leave_one_out import PACS, VLCS, domain_table
-from dglit.data.photo_loader import PhotoLoader, crop_at_once, crop_each, random_boxes
+from dglit.data.loaders import data_hash
+from dglit.data.photo_loader import FileLoader, PhotoLoader, crop_at_once, crop_each, random_boxes
 from dglit.data.waterbirds import WATERBIRDS, differences, waterbirds, waterbirds_table
+from dglit.learner.groups import repeat_wrong
 from dglit.learner.measuring import evaluate
 from dglit.learner.learner import domain_learner
+from dglit.methods.cim import CIM
 from dglit.models.backbone import Backbone, body_and_head, features_of
 from dglit.models.convnet import ConvNet
 
@@ -117,8 +120,8 @@ images.pack_images({[str(f) for f in files]}, 8)
 
 def test_threads_make_it_once(tmp_path, cache, monkeypatch):
     from dglit.data import images
-    calls, write = [], images._write_array
-    monkeypatch.setattr(images, '_write_array', lambda *a: calls.append(1) or write(*a))
+    calls, write = [], images._read_all
+    monkeypatch.setattr(images, "_read_all", lambda *a: calls.append(1) or write(*a))
     for i in range(6): paint(tmp_path/f'{i}.png', (i, 0, 0))
     found = []
     threads = [threading.Thread(target=lambda: found.append(pack_images(sorted(tmp_path.glob('*.png')), 8)[0])) for _ in range(4)]
@@ -184,11 +187,14 @@ def text_is(content, encoding='utf-8'):
 def file_is(content, name='im/3.png'):
     def change(t, read): (read.folder/name).unlink(missing_ok=True); content is not None and (read.folder/name).write_bytes(content)
     return change
+def jpeg():
+    Image.fromarray(np.arange(4800).reshape(40, 40, 3).astype(np.uint8)).save(b := io.BytesIO(), 'JPEG')
+    return b.getvalue()
 PNG = lambda read: (read.folder/'im/3.png').read_bytes()
 
 BAD = {
     # the call
-    'no such folder': (dict(folder='nowhere'), 'cannot be read|is no folder'), 'no such table': (dict(table='a.csv'), 'cannot be read'),
+    'no such folder': (dict(folder='nowhere'), 'cannot read|is no folder'), 'no such table': (dict(table='a.csv'), 'cannot read'),
     'no such file column': (dict(file='fil'), "did you mean 'file'"), 'no such label column': (dict(label='labels'), "did you mean 'label'"),
     'no such group column': (dict(group='grp'), 'column'), 'no such split column': (dict(split='parts'), "did you mean 'part'"),
     'size 0': (dict(size=0), 'size 0'), 'unknown resize': (dict(resize='stretch'), 'resize'), 'unknown broken': (dict(broken='ignore'), 'broken'),
@@ -210,9 +216,14 @@ BAD = {
     'one class': (lambda t: t.assign(label='a'), 'one class'), 'one group': (lambda t: t.assign(group='g'), 'one group only'), 'a group missing': (setting('group', 3, ''), 'line 5: no group'),
     'a group only in validation': (setting('group', 10, 'new'), "group 'new' is in validation"), "a group called worst": (lambda t: t.assign(group=t.group.replace('a red', 'worst')), 'another name'),
     'no training': (lambda t: t.assign(part=t.part.replace('train', 'test2')), "'train'"), 'empty validation': (lambda t: t.assign(part=t.part.replace('valid', 'train')), "'valid'"), 'a mistyped split': (setting('part', 3, 'tran'), "split 'tran'"), 'split 7': (setting('part', 3, '7'), "split '7'"),
+    'a label that steers a terminal': (setting('label', 3, 'a\x1b[2J'), 'line 5: label .*do not show'), 'a group that turns the text': (setting('group', 3, '\u202e'), 'line 5: group .*do not show'),
+    'a split without end': (setting('part', 3, '1e99'), "split '1e99'"),
+    'half of a UTF-16 letter': (text_is(b'\xff\xfe\x00\xd8'*9), 'no rows'),
     # the images
+    'a pipe for a file': (lambda t, read: ((read.folder/'im/3.png').unlink(), os.mkfifo(read.folder/'im/3.png')), 'line 5: .*is no file'),
     'empty file': (file_is(b''), r'line 5: .*0 bytes'), 'text': (file_is(b'hello'), 'no image'), 'an SVG': (file_is(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), 'no image'),
     'half a PNG': (lambda t, read: file_is(PNG(read)[:len(PNG(read))//2])(t, read), 'line 5: .*(damaged|no image)'),
+    'half a JPEG': (lambda t, read: file_is(jpeg()[:200], 'im/3.png')(t, read), 'line 5: .*(damaged|no image)'),
     'a flipped byte': (lambda t, read: file_is(PNG(read)[:45] + b'\0\1\2' + PNG(read)[48:])(t, read), 'damaged'),
     '32-bit pixels': (lambda t, read: Image.fromarray(np.full((4, 4), 70000, np.int32)).save(read.folder/'im/3.png', format='TIFF'), '32 bits'),
     'floating point': (lambda t, read: Image.fromarray(np.ones((4, 4), np.float32)).save(read.folder/'im/3.png', format='TIFF'), 'floating'),
@@ -245,9 +256,41 @@ def test_a_bomb_is_refused(shapes, monkeypatch):
     with pytest.raises(DglitError, match='pixels: shrink'): shapes(size=7)
 
 
-def test_no_room(shapes, monkeypatch):
+def same(a, b): return all((x == y).all() for x, y in zip(a, b, strict=True))
+
+
+def test_what_the_disk_does_not_hold(shapes, monkeypatch, capsys, tmp_path):
+    "Read from its files in every epoch, by workers, a folder gives the same batches, figures and predictions as from the array; one sentence says so."
+    from fastai.vision.all import ClassificationInterpretation, load_learner, plt
+    packed = shapes(size=16, augment=True, balanced=True)
+    assert 'files' not in capsys.readouterr().out
     monkeypatch.setattr(shutil, 'disk_usage', lambda o: type('', (), dict(free=10)))
-    with pytest.raises(DglitError, match='10 bytes free'): shapes()
+    dls = shapes(size=16, augment=True, balanced=True, cache=tmp_path/'other')
+    assert '24 images of 16 pixels take' in capsys.readouterr().out and not list((tmp_path/'other').glob('*/images.npy'))
+    monkeypatch.undo()
+    assert all(isinstance(o, FileLoader) for o in dls.loaders) and not any(isinstance(o, FileLoader) for o in packed.loaders)
+    for _ in range(2): assert all(map(same, dls.train, packed.train))
+    assert same(dls.one_batch(), packed.one_batch()) and data_hash(dls) == data_hash(packed) and (group_table(dls) == group_table(packed)).all(None)
+    learns = []
+    for o in (packed, dls):
+        set_seed(0)
+        learns.append(learn := domain_learner(o, ConvNet(3, 2, 16), CIM(levels=1, sample='train')))
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    a, b = learns
+    assert same(a.model.parameters(), b.model.parameters()) and evaluate(a).equals(evaluate(b))
+    with b.no_bar():
+        assert b.predict(shapes.folder/'im/0.png')[0] in ('a', 'b')
+        b.show_results(max_n=2)
+        found = ClassificationInterpretation.from_learner(b)
+        assert found.confusion_matrix().sum() == 8
+        found.plot_top_losses(2); plt.close('all')
+        b.path = tmp_path; b.export('b.pkl')
+        with (again := load_learner(tmp_path/'b.pkl')).no_bar(): assert again.predict(shapes.folder/'im/0.png')[0] in ('a', 'b')
+    repeated = repeat_wrong(dls, b.model, 3)
+    assert len(repeated.train.dataset) >= 8 and isinstance(repeated.train, FileLoader) and next(iter(repeated.train))[0].shape[1:] == (3, 16, 16)
+    (shapes.folder/'im/3.png').write_bytes(b'')
+    with pytest.raises(DglitError, match='(?s)line 5: .*0 bytes'): shapes(limit=1e-9)
+    assert len(shapes(limit=1e-9, broken='skip').left_out) == 1
 
 
 def test_broken_ones_are_left_out_with_a_count(shapes):
@@ -296,6 +339,7 @@ def test_wide_numbers():
     ids = ['2000000000000', '20230101', '-3', '2.50', '2.5']
     assert numbered(ids)[1] == ['-3', '2.5', '20230101', '2000000000000'] or numbered(ids)[1] == ['-3', '2.50', '20230101', '2000000000000']
     assert numbered(['é', 'É', 'e'])[0].tolist() == [2, 1, 0]
+    assert numbered(['1e999999999', '2'])[1] == ['1e999999999', '2']                 # a word: the number would fill the memory
 
 
 def test_names_stand_in_every_table(shapes):
@@ -319,9 +363,8 @@ def test_fastai_shows_classes_not_groups(shapes):
 
 def test_export_holds_no_images(shapes, tmp_path):
     from fastai.learner import load_learner
-    learn = domain_learner(shapes(size=64), ConvNet(3, 2, 16))
+    learn = domain_learner(shapes(size=64), torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2)))
     learn.path = tmp_path
-    learn.model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
     learn.export('a.pkl')
     assert (tmp_path/'a.pkl').stat().st_size < 24*64*64*3/2
     again = load_learner(tmp_path/'a.pkl')

@@ -169,3 +169,10 @@ def test_python_versions_agree():
     workflow = yaml.safe_load((ROOT/'.github/workflows/tests.yml').read_text())
     assert [o['python'] for o in workflow['jobs']['test']['strategy']['matrix']['include']] == said
     assert f'Python {said[0]} to {said[-1]}' in (ROOT/'README.md').read_text(encoding='utf-8')
+
+
+@pytest.mark.parametrize('nb', NBS, ids=lambda o: str(o.relative_to(ROOT/'nbs')))
+def test_figures_have_the_one_style(nb):
+    "Transparent, so that they are legible by day and by night."
+    figures = [c for c in cells(nb) if any('<Figure' in ''.join(o.get('data', {}).get('text/plain', '')) for o in c.get('outputs', []))]
+    assert not figures or any('use_style()' in ''.join(c['source']) for c in cells(nb)), 'from dglit.style import use_style; use_style()'

@@ -15,13 +15,13 @@ from dglit.core import DglitError
 from dglit.data.mnist import Digits
 from dglit.data.mnist_mp import mnist_mp
 from dglit.experiments.record import Run, read_runs
-from dglit.experiments.registry import DATASETS, METHODS, MODELS, REGISTRIES, settings_of
+from dglit.experiments.registry import DATASETS, METHODS, MODELS, RANGES, REGISTRIES, settings_of
 from dglit.experiments.run import fit, learner_of, run
 from dglit.experiments.search import Search, between
 from dglit.experiments.spec import Part, Recipe, Spec
 from dglit.experiments.sweep import record_name, sweep
 from dglit.experiments.tables import changes_between, specs_of
-from dglit.learner import domain_learner, evaluate, load_trained
+from dglit.learner import domain_learner, evaluate, load_trained, save_trained
 from dglit.methods.rcl import RCL
 from dglit.models.convnet import ConvNet
 from dglit.papers import SEARCHES, TABLES
@@ -52,6 +52,10 @@ def test_what_may_be_set_is_checked_for_every_part(kind, name):
         assert Part(name, **needs, **{k: p.default}) == Part(name, **needs)
         for wrong in (object(), {}, b'', nan, 'a\x1b[2J', [[1]]):
             with pytest.raises(DglitError): Part(name, **needs, **{k: wrong})
+        low, high = RANGES.get(k, (None, None))
+        if low is not None and isinstance(p.default, (int, float)):
+            for wrong in (low - 1, -1e9, *([high + 1] if high < inf else [])):
+                with pytest.raises(DglitError): Part(name, **needs, **{k: wrong})
     with pytest.raises(DglitError, match='unknown setting'): Part(name, nonsense=1)
 
 
@@ -62,6 +66,7 @@ def test_what_may_be_set_is_checked_for_every_part(kind, name):
     (dict(wd=-1.), '0 or more'), (dict(momentum=1.), 'from 0 to 1'), (dict(margin='wide'), 'needed a number'), (dict(weight='big'), 'needed a number'),
     (dict(weight=inf), 'finite'), (dict(per='chanel'), "did you mean 'channel'"), (dict(size=28.), 'whole number'), (dict(low='x'), 'needed a number'), (dict(low=nan), 'finite'),
     (dict(margins=1), "did you mean 'margin'"), (dict(margin=-1), 'not in'), (dict(sizes=3), "did you mean 'size'"), (dict(methods='rcl+rcl'), 'each of them once'),
+    (dict(weight=-1), '0 or more'), (dict(methods='irm', l2=-1.), '0 or more'), (dict(methods='fishr', anneal_steps=-1), '0 or more'), (dict(model='mlp', hidden=[10**9]), '1 to 1e'),
     (dict(methods='rcl+decov', weight=1.), 'give rcl.weight'), (dict(methods=RCL()), 'needed a name'), (dict(model='rcl'), "unknown model 'rcl'"), (dict(selection='last'), "unknown setting")])
 def test_mistakes_are_found_before_anything_is_loaded(change, says):
     with pytest.raises(DglitError, match=says): replace(SHORT, **change)
@@ -119,6 +124,29 @@ def test_curve_and_evaluate_agree_on_groups(few):
 @pytest.mark.parametrize('rule', ['best:balanced', 'best:valid[worst]', 'best:test', 'early-stop@nan', 'best-valid', 'last@95', ''])
 def test_a_rule_that_cannot_be_answered_is_refused(few, rule):
     with pytest.raises(DglitError): fit(learner_of(SHORT, rule, digits=few), SHORT)
+
+
+@pytest.mark.parametrize('group', ['2', 'nope', '', '0.0'])
+def test_a_rule_on_a_group_that_is_not_there_is_refused_before_training(few, group):
+    learn = learner_of(COINS, f'best:valid[{group}]', digits=few)
+    with pytest.raises(DglitError, match=r"there is no 'valid\["): fit(learn, COINS)
+    assert not learn.track_domains.curve
+
+
+def test_damaged_weights_are_refused(few, tmp_path):
+    "A bit, a piece, other bytes, of either file: a sentence, and the Learner is as it was."
+    rng, learn = random.Random(0), learner_of(replace(COINS, methods='vib'), digits=few)
+    files = {o: o.read_bytes() for o in save_trained(learn, tmp_path).iterdir()}
+    state = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    for i in range(40):
+        for o, text in files.items(): o.write_bytes(text)
+        o = rng.choice(list(files))
+        new, at = bytearray(files[o]), rng.randrange(len(files[o]))
+        if i % 3: new[at] ^= 1 << rng.randrange(8)
+        else: del new[at:]
+        o.write_bytes([new, b'[' * 10**5, b'{"model":1,"classes":1,"sha256":1}', b'\xff'][i % 4])
+        with pytest.raises(DglitError): load_trained(learn, tmp_path)
+        assert all(torch.equal(v, state[k]) for k, v in learn.model.state_dict().items())
 
 
 def test_divergence_is_recorded(tmp_path):
@@ -297,7 +325,13 @@ def test_a_search_draws_the_same_again_and_picks_by_validation(few):
     assert s.specs() == s.specs() and len({o.recipe.lr for o in s.specs()}) == 3 and replace(s, seed=1).specs() != s.specs()
     runs = [run(replace(o, epochs=1), digits=few) for o in s.specs()]
     pick = s.pick(runs, epochs=1)
+    with pytest.raises(DglitError, match=r"unknown domain 'valid\[worst\]'.*There are: .*valid"): replace(s, by='valid[worst]').pick(runs, epochs=1)
     assert pick in [r.spec for r in runs] and max(r.at('last')['valid'] for r in runs) == next(r for r in runs if r.spec == pick).at('last')['valid']
+
+
+@pytest.mark.parametrize('ends', [(2, 1), (1, 1), (nan, 1.), (1., nan), (1., inf), (-inf, 1.)])
+def test_ends_that_hold_nothing_between_them(ends):
+    with pytest.raises(DglitError, match='the lesser first'): between(*ends)
 
 
 @pytest.mark.parametrize('name', SEARCHES)
@@ -345,6 +379,8 @@ def test_help_imports_nothing_heavy():
     (['train', '--model', 'mlp', '--set', 'hidden=8,a'], 'needed a list'), (['train', '--model', 'mlp', '--set', 'hidden=0,0'], 'hidden'),
     (['train', '--rule', 'early-stop@nan'], 'needed a percentage'), (['train', '--rule', 'best-valid@'], "unknown rule"), (['train', '--method', 'rcl', '--method', 'rcl'], 'each of them once'),
     (['train', '--method', 'rcl+decov', '--set', 'weight=1'], 'give rcl.weight'), (['search'], 'nothing to search'), (['search', '--space', 'lr=1..'], 'lr'),
+    (['search', 'irm-vrex', '--each', 'erm'], 'a space and methods of its own'), (['search', '--space', 'lr=2..1'], 'LEAST..GREATEST'), (['search', '--space', 'lr=.1...2', '--draws', '9'*20], 'Invalid value'),
+    (['reproduce', 'rcl-table2', '--together', '--backend', 'dask'], 'leave one of them'), (['reproduce', 'rcl-table2', '--seeds', '9'*20], 'Invalid value'),
     (['search', 'irm-vrx'], "did you mean 'irm-vrex'"), (['evaluate', 'nowhere.json'], 'does not exist'), (['list', 'rlc'], 'unknown table or part')])
 def test_a_mistake_is_answered_not_traced(args, says, command):
     status, _, err = command(*args)

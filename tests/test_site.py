@@ -166,10 +166,24 @@ def test_figures_grey_is_legible_on_the_page(browser, scheme):
 @needs_browser
 @pytest.mark.parametrize('query,href', [('margin', 'rcl/loss'), ('75%', 'irm/colored_mnist'), ('table 2', 'rcl/table2'),
                                         ('reproduce table 2 cluster', 'guides/gpu_and_cluster'), ('multi GPU', 'foundations/several_cards'),
-                                        ('cost memory time', 'foundations/precision'), ('CSV images group', 'guides/own_images')])
+                                        ('cost memory time', 'foundations/precision'), ('CSV images group', 'guides/own_images'),
+                                        ('DomainBed names', 'guides/domainbed'), ('list of all methods', 'guides/all_methods'),
+                                        ('ONNX', 'foundations/saving'), ('without fastai', 'foundations/methods'), ('licence cite', 'index')])
 def test_the_search_finds(browser, query, href):
     page, wrong = opened(browser, f'search.html?q={quote(query)}', 1300)
     page.wait_for_selector('#search-results li a')
     found = [o.get_attribute('href') for o in page.locator('#search-results li a').all()][:8]
     assert any(href in o for o in found) and not wrong, found
     page.context.close()
+
+
+def test_no_link_stands_in_a_link(site, pages):
+    "A symbol in backquotes is a link already: brackets round it would be read as they are."
+    for name in pages: assert not re.search(r'\]\([\w./#-]+\.ipynb', re.sub('<[^>]*>', '', (site/name).read_text(encoding='utf-8'))), name
+
+
+def test_symbols_lead_to_what_is_meant(site):
+    "Names that the command has as well as a module are the module's, but for the command's own page."
+    for page in site.rglob('*.html'):
+        if page.name in ('cli.html', 'genindex.html', 'new_images.html') or '_static' in page.parts: continue
+        assert not re.search(r'cli\.html#(evaluate|report|train|demo)"><', page.read_text(encoding='utf-8')), page

@@ -17,18 +17,16 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.meta import delegates
-from torch.utils.data import TensorDataset
 
-from ..core import DataError, DglitError, choose, generator
-from .images import pack_images
-from .photo_loader import PhotoLoader, PhotoLoaders
+from ..core import DataError, DglitError, choose, generator, read_bytes
+from .images import ImageFiles, pack_images
+from .photo_loader import PhotoLoaders, photo_loader
 
 # %% ../../nbs/photographs/03_image_groups.ipynb #5c9a760b
 def _text_of(path):
-    try: raw = Path(path).read_bytes()
-    except OSError as e: raise DataError(f'{path}: the table cannot be read ({e.strerror})') from e
+    raw = read_bytes(path)
     if raw[:4] == b'PK\3\4': raise DataError(f'{path} is an Excel workbook: save it as CSV')
-    if raw[:2] in (b'\xff\xfe', b'\xfe\xff'): return raw.decode('utf-16')
+    if raw[:2] in (b'\xff\xfe', b'\xfe\xff'): return raw.decode('utf-16', 'replace')
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError: return raw.decode('cp1252', 'replace')
 
@@ -57,7 +55,7 @@ def read_table(
     return pd.DataFrame([o for _,o in rows], columns=head, index=[n for n,_ in rows])
 
 # %% ../../nbs/photographs/03_image_groups.ipynb #f95de48e
-_number = re.compile(r'[+-]?\d+(\.\d*)?([eE][+-]?\d+)?')
+_number = re.compile(r'[+-]?\d+(\.\d*)?([eE][+-]?\d{1,2})?')
 
 def numbered(
     values:list # Texts
@@ -101,7 +99,7 @@ def named_splits(
     def named(line, o):
         if o.lower().startswith('test'): return o
         try: return SPLITS[str(int(float(o))) if _number.fullmatch(o) else o.lower()]
-        except KeyError:
+        except (KeyError, OverflowError):
             raise DataError(f"line {line}: split {o!r}: needed 'train', 'valid', 'test', a name that begins "
                             "with 'test', or 0, 1, 2") from None
     return [named(line, o) for line,o in values.items()]
@@ -154,6 +152,7 @@ def check_table(
 def _take(images, rows):
     together = len(rows) and rows[-1] - rows[0] == len(rows)-1 and (np.diff(rows) == 1).all()
     if together: return images[rows[0]:rows[-1]+1]
+    if isinstance(images, ImageFiles): return images[rows]
     return images.permute(0, 2, 3, 1)[torch.from_numpy(rows)].permute(0, 3, 1, 2)
 
 # %% ../../nbs/photographs/03_image_groups.ipynb #dc063987
@@ -166,6 +165,7 @@ def photo_loaders(
     resize:str='crop', # See `read_image`
     broken:str='error', # Images that cannot be read: 'error' or 'skip'
     cache:str|None=None, # See `cache_folder`
+    limit:float|None=None, # GiB that decoded images may take on disk; None: what is free there
     bs:int|None=32, # Batch size
     seed:int=0, # Of the order and the crops
     device=None, # Where the batches live; None: fastai's default device
@@ -176,15 +176,16 @@ def photo_loaders(
     "Loaders of the images of a table, decoded once."
     check_table(table, vocab, groups)
     rows = [f'line {o}' for o in table.index]
-    images,wrong = pack_images(files_inside(folder, table.file), size, resize, cache, broken, rows)
+    files = files_inside(folder, table.file)
+    images,wrong = pack_images(files, size, resize, cache, broken, rows, limit)
     kept = np.array([i not in wrong for i in range(len(table))])
     if wrong: check_table(table[kept], vocab, groups)
     def loader(name, **kw):
         at = np.flatnonzero(kept & (table.split == name).to_numpy())
         y,g = (torch.tensor(table[o].to_numpy()[at]) for o in ('y','group'))
-        tensors = (_take(images, at), y, g) if (g >= 0).all() and groups else (_take(images, at), y)
+        targets = (y, g) if (g >= 0).all() and groups else (y,)
         size = bs if bs is None or kw else max(bs, 128) # what is only looked at may come in larger batches
-        return PhotoLoader(TensorDataset(*tensors), bs=size, device=device, vocab=vocab, **kw)
+        return photo_loader(_take(images, at), *targets, bs=size, device=device, vocab=vocab, **kw)
     train = loader('train', shuffle=True, seed=seed, balanced=balanced, augment=augment)
     tests = {o: loader(o) for o in table.split.unique() if o not in ('train','valid')}
     return PhotoLoaders(train, loader('valid'), tests, vocab, size=size, resize=resize,
@@ -193,14 +194,20 @@ def photo_loaders(
 # %% ../../nbs/photographs/03_image_groups.ipynb #4a4d289b
 def _empty(o): return o.lower() in ('', 'nan')
 
+def _can_show(values, kind):
+    for line,o in values.items(): # they come to be names in records
+        if not o.isprintable(): raise DataError(f'line {line}: {kind} {o!r} has letters that do not show')
+
 def _labels(values):
     "Classes, none of them missing."
+    _can_show(values, 'label')
     for line,o in values.items():
         if _empty(o): raise DataError(f"line {line}: the label is {o!r}: give every image a class")
     return numbered(list(values))
 
 def _groups(values, y, vocab, cross):
     "Groups, -1 where there is none; with `cross` each class has its own."
+    _can_show(values, 'group')
     there = np.array([not _empty(o) for o in values])
     g,names = np.full(len(y), -1),[]
     g[there],names = numbered(list(values[there]))

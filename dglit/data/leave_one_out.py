@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from fastcore.meta import delegates
 
-from ..core import DataError, choose, generator
+from ..core import DataError, choose, generator, read_text
 from .image_groups import drawn_splits, photo_loaders
 from .mnist import data_folder
 from .photo_loader import PhotoLoaders
@@ -33,7 +33,7 @@ def read_list(
         _,found,rest = f'/{line.strip().rpartition(" ")[0]}'.rpartition(f'/{domain}/')
         if not found: raise DataError(f"{path}, line {i}: {line!r}: needed '…/{domain}/… number'")
         return f'{domain}/{rest}'
-    lines = Path(path).read_text(encoding='utf-8').splitlines()
+    lines = read_text(path).splitlines()
     return [parsed(i, o) for i,o in enumerate(lines, 1) if o.strip()]
 
 def listed_parts(

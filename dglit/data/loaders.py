@@ -54,8 +54,10 @@ def check_batches(
     low:float=-1. # What black becomes; white becomes 1
 ):
     "A `DglitError` unless batches can be made so: a dataset asks before it loads anything."
-    if bs is not None and not bs >= 1: raise DglitError(f"bs {bs!r}: needed 1 or more, None for all")
-    if not -inf < low < 1: raise DglitError(f"low {low!r}: needed a number below 1, which white becomes")
+    if bs is not None and (not isinstance(bs, int) or bs < 1):
+        raise DglitError(f"bs {bs!r}: needed 1 or more, None for all")
+    if not isinstance(low, (int,float)) or not -inf < low < 1:
+        raise DglitError(f"low {low!r}: needed a number below 1, which white becomes")
 
 # %% ../../nbs/foundations/02_loaders.ipynb #def11416
 class TensorLoader(TfmdDL):
@@ -226,5 +228,5 @@ def data_hash(dls:DomainLoaders) -> str: # 16 hexadecimal digits
     for name,dl in dict(train=dls.train, **dls.domains).items():
         for t in dl.dataset.tensors:
             h.update(f'{name} {tuple(t.shape)} {t.dtype} {getattr(dl, "low", "")}'.encode())
-            h.update(t.cpu().contiguous().numpy().tobytes())
+            for part in t.split(1000): h.update(part.cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]

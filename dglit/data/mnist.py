@@ -59,6 +59,7 @@ def read_idx(
     "Read an IDX file; a `DataError` names the file and what is wrong with it."
     magic = bytes([0, 0, 8, ndim])
     try:
+        if os.path.exists(path) and not os.path.isfile(path): raise OSError('it is no regular file')
         with open(path, 'rb') as f: zipped = f.read(2) == b'\x1f\x8b'
         with (gzip.open if zipped else open)(path, 'rb') as f:
             head = f.read(4 + 4*ndim)
@@ -66,7 +67,9 @@ def read_idx(
                 needed = f"{magic.hex()} (unsigned bytes in {ndim} dimensions)"
                 raise _wrong(path, f"magic number {head[:4].hex()}", needed)
             shape = tuple(np.frombuffer(head, '>u4', ndim, 4).tolist())
-            if (size := prod(shape)) > most: raise _wrong(path, f"shape {shape}", f"{most:,} bytes at most")
+            if prod(max(o, 1) for o in shape) > most:
+                raise _wrong(path, f"shape {shape}", f"{most:,} bytes at most")
+            size = prod(shape)
             data = f.read(size + 1)
     except (EOFError, OSError, zlib.error) as e:
         raise _wrong(path, f"cannot be read ({shown(e)})", "a whole IDX file") from e

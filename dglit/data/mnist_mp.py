@@ -29,7 +29,8 @@ def paint(
     ground:Tensor=torch.zeros(3) # Colour behind each, or one for all
 ) -> Tensor: # uint8 [N,3,size,size]
     "Digits in ink on a ground: grey value times one colour, what is left times the other."
-    if images.dtype != np.uint8: raise DglitError(f"images {images.dtype}: needed uint8, from 0 to 255 (ink)")
+    if images.dtype != np.uint8 or images.ndim != 3:
+        raise DglitError(f"images {images.dtype} {tuple(images.shape)}: needed uint8 [N,H,W], 0 to 255 (ink)")
     n,h,w = images.shape
     size = size or max(h,w)
     if size < max(h,w): raise DglitError(f"size {size}: the digits have {h}x{w}, give at least {max(h,w)}")

@@ -1,4 +1,4 @@
-"""Why plain training fails, and three methods that do not, within two minutes.
+"""Why plain training fails, and three methods that fail less, within two minutes.
 
 Docs: https://dglit.github.io/dglit/foundations/demo.html.md"""
 
@@ -25,6 +25,7 @@ from .run import fit, learner_of
 from .spec import Spec
 from .sweep import writable
 from .tables import plus_minus
+from ..style import COLORS, GREY
 
 # %% ../../nbs/foundations/34_demo.ipynb #9255718d
 _short = Spec('mnist_mp', 'convnet', digits='digits', size=28, bs=16, epochs=7, precision='fp32')
@@ -49,7 +50,8 @@ def bars(ax, runs, domains, labels, names, rule):
     "Mean and standard deviation of the runs' accuracies in two domains."
     table = pd.DataFrame([dict(method=n, domain=l, accuracy=r.at(rule).get(d, nan))
                           for n,rs in zip(names, runs) for r in rs for d,l in zip(domains, labels)])
-    sns.barplot(table, x='method', y='accuracy', hue='domain', errorbar='sd', palette=['tab:orange','0.6'],
+    sns.barplot(table, x='method', y='accuracy', hue='domain', errorbar='sd',
+                palette=[COLORS['valid'],COLORS['test']],
                 capsize=.1, ax=ax)
     ax.set(ylim=(0,105), xlabel='', ylabel='accuracy, %')
     ax.legend(loc='lower center', bbox_to_anchor=(.5,1), ncols=2, frameon=False)
@@ -83,7 +85,7 @@ def draw_colored_mnist(fig, coins, irm, net):
               f'{label}\nlabel 0, 1')
     ax = fig.add_subplot(grid[:,2])
     bars(ax, (coins,irm), ['valid','test'], ['as in training','test'], ['plain','IRM'], 'last')
-    for y in (50, 75): ax.axhline(y, color='k', ls='--', lw=.8)
+    for y in (50, 75): ax.axhline(y, color=GREY, ls='--', lw=.8)
 
 # %% ../../nbs/foundations/34_demo.ipynb #f18d3d13
 def draw_masks(fig, plain, cim, net):

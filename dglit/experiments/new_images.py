@@ -8,24 +8,23 @@ Docs: https://dglit.github.io/dglit/foundations/new_images.html.md"""
 __all__ = ['images_in', 'network_of', 'answers', 'predictions', 'accuracy_by_group']
 
 # %% ../../nbs/foundations/37_new_images.ipynb #9c82a94b
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
 from fastai.learner import Learner
-from torch.utils.data import TensorDataset
 
 from ..core import DataError, DglitError, choose
 from ..data.image_groups import files_inside, read_table
 from ..data.images import pack_images
 from ..data.leave_one_out import SUFFIXES
-from ..data.photo_loader import PhotoLoader, PhotoLoaders
+from ..data.photo_loader import PhotoLoaders, photo_loader
 from .record import read_runs
 from .registry import settings_of
 from .run import learner_on
 from ..learner import load_trained
+from ..learner.saving import read_trained
 
 # %% ../../nbs/foundations/37_new_images.ipynb #bbfe8781
 def images_in(
@@ -66,9 +65,9 @@ def network_of(
         raise DglitError(f'{record} is of {spec.data.name}, which is no folder of images')
     if not (weights/'description.json').is_file():
         raise DglitError(f'{weights} has no weights: train with --out, and keep them beside the record')
-    classes = json.loads((weights/'description.json').read_text(encoding='utf-8'))['classes']
+    classes = read_trained(weights)[0]['classes']
     images,_ = pack_images(files, spec.data['size'], spec.data['resize'], cache, rows=rows)
-    dl = PhotoLoader(TensorDataset(images, torch.zeros(len(images), dtype=torch.long)), bs=128, vocab=classes)
+    dl = photo_loader(images, torch.zeros(len(images), dtype=torch.long), bs=128, vocab=classes)
     dls = PhotoLoaders(dl, dl, {}, classes, size=spec.data['size'], resize=spec.data['resize'])
     if 'pretrained' in settings_of(spec.model.name, 'model'): spec = replace(spec, pretrained=False)
     return load_trained(learner_on(dls, spec), weights)
@@ -88,8 +87,8 @@ def predictions(
     **columns # `file`, `label`, `group`: see `images_in`
 ) -> pd.DataFrame: # file, label, group, prediction, confidence
     "What a saved training says of new images."
-    described = Path(record).with_suffix('')/'description.json'
-    classes = json.loads(described.read_text(encoding='utf-8'))['classes'] if described.is_file() else []
+    weights = Path(record).with_suffix('')
+    classes = read_trained(weights)[0]['classes'] if (weights/'description.json').is_file() else []
     folder,table = images_in(where, classes, **columns)
     rows = [f'line {o}' for o in table.index] if Path(where).is_file() else None
     learn = network_of(record, files_inside(folder, table.file), rows)

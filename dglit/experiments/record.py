@@ -20,7 +20,7 @@ from fastcore.basics import patch
 
 from ..core import DglitError, choose, read_text, shown
 from .registry import METHODS, kinds_of, settings_of
-from .spec import Part, Recipe, Spec, as_part, options_of, owner_of, to_dict
+from .spec import FORMER, Part, Recipe, Spec, as_part, options_of, owner_of, to_dict
 from ..learner import select_epoch
 
 # %% ../../nbs/foundations/29_record.ipynb #ad360c8a
@@ -108,7 +108,7 @@ def read_part(o, kind):
     name,settings = f.take('name', is_text, 'a name'), f.take('settings', is_dict, 'settings')
     f.end()
     as_part(name, kind)
-    return Part(name, **numbers_back(settings, settings_of(name, kind)))
+    return Part(name, **{**FORMER.get(name, {}), **numbers_back(settings, settings_of(name, kind))})
 
 def numbers_back(settings, options):
     "Settings with numbers for the words 'inf' and '-inf', where the setting is a number."
@@ -209,11 +209,12 @@ def old_methods(joined, settings):
     for o in names: choose(o, METHODS, 'method')
     parts = [Part(o) for o in names]
     options,found = options_of(parts),{o: {} for o in names}
+    former = {o: FORMER.get(o, {}) for o in names}
     del options['recipe']
     for k,v in settings.items():
         owner,setting = owner_of(k, options)
         found[owner][setting] = v
-    return {o: numbers_back(s, options[o]) for o,s in found.items()}
+    return {o: {**former[o], **numbers_back(s, options[o])} for o,s in found.items()}
 
 # %% ../../nbs/foundations/29_record.ipynb #007f24d6
 @patch(cls_method=True)

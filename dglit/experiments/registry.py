@@ -6,13 +6,13 @@ Docs: https://dglit.github.io/dglit/foundations/registry.html.md"""
 
 # %% auto #0
 __all__ = ['DATASETS', 'MODELS', 'METHODS', 'LOSSES', 'OPTIMIZERS', 'SCHEDULES', 'PRECISIONS', 'REGISTRIES', 'GIVEN', 'KINDS',
-           'fit_tenths', 'kinds_of', 'settings_of', 'as_kind', 'as_one_of', 'needed', 'as_setting']
+           'RANGES', 'NAMED', 'fit_tenths', 'kinds_of', 'settings_of', 'as_kind', 'as_one_of', 'needed', 'as_setting']
 
 # %% ../../nbs/foundations/27_registry.ipynb #413b065e
 import numbers
 from functools import cache, partial
 from inspect import Parameter, signature
-from math import isfinite
+from math import inf, isfinite
 from types import NoneType, UnionType
 from typing import Union, get_args, get_origin
 
@@ -29,6 +29,7 @@ from ..data.colored_mnist import colored_mnist
 from ..data.celeba import celeba
 from ..data.compose import photo_digits
 from ..data.image_groups import image_groups
+from ..data.images import RESIZES
 from ..data.imagenet9 import imagenet9
 from ..data.leave_one_out import pacs, vlcs
 from ..data.mnist import DIGITS
@@ -152,6 +153,13 @@ def needed(kinds) -> str:
     return ' or '.join(map(word, kinds))
 
 # %% ../../nbs/foundations/27_registry.ipynb #b304c38c
+RANGES = dict.fromkeys('weight weight_before l2 alpha beta strength step_size anneal_steps'.split(), (0, inf))
+RANGES |= dict.fromkeys('sigma eps sgd_lr'.split(), (1e-9, inf))
+RANGES |= dict.fromkeys('share valid test envs tests test_env label_noise'.split(), (0, 1))
+_counts = 'size copies hidden win_size levels nodes draws probes width depth'
+RANGES |= dict.fromkeys(_counts.split(), (1, 10**6))
+NAMED = dict(digits=DIGITS, resize=RESIZES, broken=('error','skip'))
+
 def as_setting(
     owner:str, # Whose setting, for the message
     name:str, # Its name
@@ -167,5 +175,8 @@ def as_setting(
         if isinstance(o, float) and not isfinite(o) and (o != o or o != p.default):
             raise wrong('needed a finite number')
         if isinstance(o, str) and not o.isprintable(): raise wrong('needed characters that can be printed')
-    if name == 'digits': choose(good, DIGITS, 'source of digits')
+        low,high = RANGES.get(name, (-inf, inf))
+        if type(o) in (int,float) and not low <= o <= high:
+            raise wrong(f'needed {low:g} ' + ('or more' if high == inf else f'to {high:g}'))
+    if name in NAMED: choose(good, NAMED[name], name)
     return good

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import DglitError
+from ..core import DglitError, choose
 from .spec import Spec
 from ..learner.selection import VALIDATION, parse_rule
 
@@ -26,6 +26,7 @@ def between(
     high:float # The greatest
 ): # A function of a generator
     "Draws evenly: whole numbers if both are whole; the logarithm of numbers above 0; else numbers."
+    if not -inf < low < high < inf: raise DglitError(f"{low} to {high}: needed two numbers, the lesser first")
     if isinstance(low, int) and isinstance(high, int): return lambda rng: int(rng.integers(low, high + 1))
     if low > 0: return lambda rng: 10**rng.uniform(log10(low), log10(high))
     return lambda rng: rng.uniform(low, high)
@@ -40,8 +41,8 @@ def settings_tried(
     if not isinstance(space, dict): return list(space)
     drawn = [k for k,o in space.items() if callable(o)]
     if not drawn: return [dict(zip(space, o)) for o in product(*space.values())]
-    if not n or n < 1:
-        raise DglitError(f"{', '.join(drawn)} are drawn, {n} times: needed a number of draws, 1 or more")
+    if not isinstance(n, int) or not 1 <= n <= 10**5:
+        raise DglitError(f"{', '.join(drawn)} are drawn, {n} times: needed a number of draws, 1 to 100000")
     rng = np.random.default_rng(seed)
     return [{k: o(rng) if callable(o) else o[rng.integers(len(o))] for k,o in space.items()}
             for _ in range(n)]
@@ -94,7 +95,7 @@ def best(self:Search, domain, runs, **changes) -> Spec: # the first of equals
     draws = self.draws(runs, **changes)
     if left := sum(r is None for r in draws.values()):
         raise DglitError(f"{left} of the search's {len(draws)} trainings have no record: run them first")
-    accuracy = {s: r.at(self.rule)[domain] for s,r in draws.items() if r.status == 'done'}
+    accuracy = {s: choose(domain, r.at(self.rule), 'domain') for s,r in draws.items() if r.status == 'done'}
     if not accuracy: raise DglitError("every training of the search diverged: give it another space")
     return max(accuracy, key=accuracy.get)
 

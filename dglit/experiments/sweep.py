@@ -27,15 +27,17 @@ from .record import Run, read_runs
 from ..data.mnist import digits_of
 from .registry import settings_of
 from .run import failed, run_or_record
-from .spec import Spec
+from .spec import FORMER, Spec
 
 # %% ../../nbs/foundations/32_sweep.ipynb #67573337
 def record_name(
     spec:Spec # A training
 ) -> str: # Name of a .json file
     "The file name of a training's record: names and settings for people, and a digest of all settings."
-    digest = hashlib.sha256(repr(spec).encode('utf-8', 'surrogatepass')).hexdigest()[:10]
-    given = [f'{k}={v}' for part in (*spec.methods, spec.data) for k,v in part.settings]
+    text = repr(spec).replace('cim(weight=1.0, ', 'cim(').replace('cim(weight=1.0)', 'cim') # as at first
+    digest = hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:10]
+    given = [f'{k}={v}' for part in (*spec.methods, spec.data) for k,v in part.settings
+             if (k,v) not in FORMER.get(part.name, {}).items()]
     words = [spec.data.name, '+'.join(o.name for o in spec.methods) or 'erm', *given, f'seed{spec.seed}']
     return re.sub(r'[^\w.=,+ \[\]()-]', '_', '-'.join(words), flags=re.ASCII)[:150] + f'-{digest}.json'
 

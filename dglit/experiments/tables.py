@@ -22,6 +22,7 @@ from scipy.stats import t as student
 
 from ..core import choose, write_whole
 from .spec import Recipe, Spec
+from ..style import COLORS, GREY
 
 # %% ../../nbs/foundations/31_tables.ipynb #fd99a543
 class Published(NamedTuple):
@@ -174,9 +175,8 @@ def plot_table(
     "Test accuracies: published mean ± standard deviation in grey, our runs' in colour."
     s = summary.groupby('row', sort=False).tail(1).reset_index(drop=True)
     ax = ax or plt.subplots(figsize=(8, .42*len(s)+.8))[1]
-    ax.errorbar(s.published, s.index, xerr=s.published_std, fmt='o', color='0.55', capsize=3,
-                label='published')
-    ax.errorbar(s['mean'], s.index+.25, xerr=s['std'].fillna(0), fmt='D', color='tab:blue', capsize=3,
+    ax.errorbar(s.published, s.index, xerr=s.published_std, fmt='o', color=GREY, label='published')
+    ax.errorbar(s['mean'], s.index+.25, xerr=s['std'].fillna(0), fmt='D', color=COLORS['ours'],
                 label='ours')
     ax.set(yticks=s.index+.12, yticklabels=[f'{l}  (n={n})' for l,n in zip(s.label, s.n)], xlim=(0,100),
            xlabel='test accuracy, %')

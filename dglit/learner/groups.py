@@ -30,12 +30,12 @@ def repeat_wrong(
     if times < 1: raise DglitError(f"times {times}: needed 1 or more")
     whole,tensors = dls.train.new(shuffle=False, balanced=False), dls.train.dataset.tensors
     model.eval()
-    with torch.no_grad(): z = torch.cat([model(x).reshape(len(x), -1) for x,*_ in whole])
+    with torch.no_grad(): z = torch.cat([model(x).reshape(len(x), -1) for x,*_ in whole]).cpu()
     answer = z.argmax(1) if z.shape[1] > 1 else (z[:,0] > 0).long()
-    wrong = (answer != tensors[1].reshape(-1)).nonzero()[:,0]
-    take = torch.cat([torch.arange(len(z), device=z.device), wrong.repeat(times - 1)])
+    wrong = (answer != tensors[1].reshape(-1).cpu()).nonzero()[:,0]
+    take = torch.cat([torch.arange(len(z)), wrong.repeat(times - 1)])
     bs = dls.train.bs if dls.train.bs < len(z) else None
-    train = dls.train.new(TensorDataset(*(t[take] for t in tensors)), bs=bs, balanced=False)
+    train = dls.train.new(TensorDataset(*(t[take.to(t.device)] for t in tensors)), bs=bs, balanced=False)
     return DomainLoaders(train, dls.valid, dls.tests, dls.vocab)
 
 # %% ../../nbs/family/19_groups.ipynb #37f61b24

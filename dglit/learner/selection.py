@@ -19,6 +19,7 @@ def parse_rule(
     rule:str # Such as those in `RULES`
 ) -> tuple: # ('last', None), ('best', name of a domain or group) or ('early-stop', percentage)
     "A rule in its parts; a `DglitError` if it is none, or looks at a test domain."
+    rule = str(rule)
     if rule == 'last': return 'last', None
     if rule.startswith('best:'):
         if (domain := rule.removeprefix('best:')).partition('[')[0] in VALIDATION: return 'best', domain

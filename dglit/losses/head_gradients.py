@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core import at_least_float32, choose, draw, one_each
+from ..core import at_least_float32, choose, draw, one_each, whole_numbers
 
 # %% ../../nbs/family/02_head_gradients.ipynb #f731762a
 def averages(
@@ -37,7 +37,7 @@ class HeadBatch(NamedTuple):
     f: Tensor # Input of the layer, and a one for its bias [N,D+1]
     A: Tensor # Averages over environments [E,N]
     @property
-    def there(self): return self.A.sum(1) > 0
+    def present(self): return self.A.sum(1) > 0
 
 # %% ../../nbs/family/02_head_gradients.ipynb #796fa4b0
 def head_batch(
@@ -50,9 +50,8 @@ def head_batch(
 ) -> HeadBatch: # In float32, or float64 for float64 features
     "Probabilities, residuals, features and averages."
     z,f = (at_least_float32(o).reshape(len(o), -1) for o in (logits, features))
-    y = one_each(targets, len(z))
-    if z.shape[1] == 1: p,y = z.sigmoid(),y[:,None].to(z)
-    else: p,y = z.softmax(1),F.one_hot(y.long(), z.shape[1]).to(z)
+    if z.shape[1] == 1: p,y = z.sigmoid(),one_each(targets, len(z))[:,None].to(z)
+    else: p,y = z.softmax(1),F.one_hot(whole_numbers(targets, len(z)), z.shape[1]).to(z)
     return HeadBatch(p, p - y, F.pad(f, (0, 1), value=1.) if bias else f, averages(domains, n_domains, f))
 
 # %% ../../nbs/family/02_head_gradients.ipynb #b1814dd7
@@ -103,7 +102,7 @@ def fishr_penalty(
 ) -> Tensor: # A scalar
     "Fishr: how far the environments' gradient variances lie apart (Rame et al., §3)."
     h = head_batch(logits, targets, features, domains, n_domains, bias)
-    return spread(gradient_variances(h, centered), h.there)
+    return spread(gradient_variances(h, centered), h.present)
 
 # %% ../../nbs/family/02_head_gradients.ipynb #05ac5b81
 def hessian_diagonal(
@@ -141,13 +140,14 @@ def random_signs(
 # %% ../../nbs/family/02_head_gradients.ipynb #d5dbb873
 def _mean_of_those(v, there): return (v*there[:,None,None]).sum(0)/there.sum().clamp(min=1)
 def _product(h, g, probes, rng):
-    pooled = hessian_product(h, _mean_of_those(g, h.there).expand_as(g))
-    return hessian_product(h, g), _mean_of_those(pooled, h.there)
+    pooled = hessian_product(h, _mean_of_those(g, h.present).expand_as(g))
+    return hessian_product(h, g), _mean_of_those(pooled, h.present)
 def _diagonal(h, g, probes, rng):
     if probes is None: return hessian_diagonal(h), None
     E,*one = g.shape
     own,shared = (random_signs((probes, k, *one), g, rng) for k in (E, 1))
-    return probed_diagonal(h, own), _mean_of_those(probed_diagonal(h, shared.expand(-1, E, -1, -1)), h.there)
+    pooled = probed_diagonal(h, shared.expand(-1, E, -1, -1))
+    return probed_diagonal(h, own), _mean_of_those(pooled, h.present)
 CURVATURES = dict(product=_product, diagonal=_diagonal)
 
 # %% ../../nbs/family/02_head_gradients.ipynb #31fb899b
@@ -168,7 +168,7 @@ def hessian_penalty(
     h = head_batch(logits, targets, features, domains, n_domains, bias)
     g = head_gradients(h)
     a,center = choose(curvature, CURVATURES, 'curvature')(h, g, probes, rng)
-    return alpha*spread(a, h.there, center) + beta*spread(g, h.there)
+    return alpha*spread(a, h.present, center) + beta*spread(g, h.present)
 
 # %% ../../nbs/family/02_head_gradients.ipynb #8f39a435
 def iga_penalty(
@@ -181,4 +181,4 @@ def iga_penalty(
 ) -> Tensor: # A scalar
     "IGA on the head: how far the environments' gradients lie apart (Koyama and Yamaguchi, 2020)."
     h = head_batch(logits, targets, features, domains, n_domains, bias)
-    return spread(head_gradients(h), h.there)
+    return spread(head_gradients(h), h.present)

@@ -11,7 +11,7 @@ __all__ = ['SLOPES', 'scale_slopes', 'irm_penalty']
 import torch
 from torch import Tensor
 
-from ..core import DglitError, at_least_float32, choose, one_each
+from ..core import DglitError, at_least_float32, choose, of_class
 from .domains import domain_means, mean_over_domains
 
 # %% ../../nbs/irm/02_penalty.ipynb #4db10e39
@@ -19,7 +19,7 @@ def _cross_entropy(z, y):
     if z.ndim != 2 or z.shape[1] < 2:
         raise DglitError(f"cross_entropy of outputs {tuple(z.shape)}: needed [N,K], K at least 2; "
                          "for one output there is loss='binary_cross_entropy'")
-    return (z.softmax(1)*z).sum(1) - z.gather(1, one_each(y, len(z)).long()[:,None])[:,0]
+    return (z.softmax(1)*z).sum(1) - of_class(z, y)
 def _binary_cross_entropy(z, y): return (z.sigmoid() - y)*z
 def _squared_error(z, y): return 2*(z - y)*z
 SLOPES = dict(cross_entropy=_cross_entropy, binary_cross_entropy=_binary_cross_entropy,

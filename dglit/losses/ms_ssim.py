@@ -82,6 +82,9 @@ def ms_ssim(
 ) -> Tensor: # [...]: 1 where the images are equal, at least 0; in float32 at least
     "Multi-scale structural similarity (CIM §2.3, Eq. 5; Wang et al., 2003), the mean over the channels."
     check_levels(x.shape[-2:], win_size, levels)
+    for o in (x, y):
+        if not o.is_floating_point() or o.shape[-3:] != x.shape[-3:]:
+            raise DglitError(f"images {[*o.shape]} {o.dtype}: needed two alike, floats to {data_range:g}")
     C1,C2,score = (.01*data_range)**2, (.03*data_range)**2, 1.
     weights = SCALE_WEIGHTS[:levels]
     total = sum(weights) if levels < len(SCALE_WEIGHTS) else 1. # all five as published: they sum to 1.0001

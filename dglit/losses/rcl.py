@@ -13,7 +13,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from ..core import DglitError, at_least_float32, choose, one_each
+from ..core import DglitError, at_least_float32, choose, whole_numbers
 
 # %% ../../nbs/rcl/02_loss.ipynb #814d0507
 READINGS = dict(feature=(0,), channel=(0,2,3), batch=None)
@@ -59,7 +59,7 @@ def reverse_contrastive_loss(
 ) -> Tensor: # A scalar, zero or negative, in float32 (float64 for float64 features)
     "Minus the mean distance of anchor and positive, where below `margin` times that to the negative (Eq. 2)."
     check_margin(margin)
-    y,f = one_each(labels, len(features)), rescale(at_least_float32(features), per).flatten(1)
+    y,f = whole_numbers(labels, len(features)), rescale(at_least_float32(features), per).flatten(1)
     d,same = l1_distances(f), y[:,None] == y
     self_ = torch.eye(len(f), dtype=torch.bool, device=f.device)
     d_pos,pos = d.masked_fill(~same | self_, inf).min(1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..core import DglitError, at_least_float32, choose, draw, one_each
+from ..core import DglitError, at_least_float32, choose, draw, one_each, whole_numbers
 from .ms_ssim import ms_ssim
 
 # %% ../../nbs/cim/03_triplets.ipynb #e5660c6b
@@ -22,7 +22,7 @@ def sample_triplets(
 ) -> tuple: # (place of each one's positive [N], of its negative [N], whether it has both: bool [N])
     "For each example of a batch another of its class, and one of another class (CIM §3.1)."
     n,dev = len(labels),labels.device
-    y = one_each(labels, n)
+    y = whole_numbers(labels, n)
     shuffled,turn = (draw(f, k, rng=order, device=dev) for f,k in ((torch.randperm, n), (torch.rand, 1)))
     ranked = shuffled[y[shuffled].argsort(stable=True)] # a run of neighbours for each class
     s,i = y[ranked],torch.arange(n, device=dev)
@@ -42,7 +42,8 @@ def draw_triplets(
     order:torch.Generator # Of the draw
 ) -> tuple: # (place in the pool of each one's positive [N], of its negative [N], whether it has both [N])
     "For each anchor an example of its class, and one of another, from the training data."
-    y,(s,ranked) = one_each(labels, len(labels)),one_each(pool, len(pool)).sort()
+    y,s = (whole_numbers(o, len(o)) for o in (labels, pool))
+    s,ranked = s.sort()
     start,end,n = torch.searchsorted(s, y),torch.searchsorted(s, y, right=True),len(s)
     size = end - start
     u,v = draw(torch.rand, 2, len(y), rng=order, device=y.device)

@@ -76,7 +76,7 @@ class CIM(ModelMethod, FeatureMethod):
     "Contrastive input morphing (Taghanaki et al., Eq. 8 to 10): a learned mask on the input."
     logs,pool,whole = ('plus','minus'),None,None
     def __init__(self,
-        weight:float=1., # lambda of Eq. 9: a number, or a fastai schedule; 0: the mask alone
+        weight:float=.01, # lambda of Eq. 9: a number, or a fastai schedule; 0: the mask alone
         variant:str='pixel', # 'pixel' (Eq. 8), 'gram' (Eq. 10) or 'feature' (CIM_f)
         terms:str='both', # 'both', or 'positive' or 'negative' alone (Table 5)
         sign:int=1, # 1: Eq. 8 as printed, less like the positive; -1: more like it, as its text says

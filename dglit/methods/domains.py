@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import DglitError
-from ..losses.domains import domain_means
+from ..losses.domains import domain_ids, domain_means
 from .terms import Method
 
 # %% ../../nbs/foundations/14_domain_methods.ipynb #0e84636b
@@ -31,7 +31,7 @@ class TakeDomain(Callback):
     def before_batch(self):
         if len(self.yb) < 2: return
         *y,d = self.yb
-        self.learn.yb,self.learn.domain = tuple(y),d.reshape(len(d)).as_subclass(Tensor)
+        self.learn.yb,self.learn.domain = tuple(y),domain_ids(d.as_subclass(Tensor), len(d))
     def close_step(self): self.learn.domain = None
 
 # %% ../../nbs/foundations/14_domain_methods.ipynb #848c14da
@@ -39,11 +39,12 @@ def known_domains(
     dl # A loader of dglit's, whose data have domains; of another, they are not known
 ) -> Tensor|None: # int64 [E], ascending
     "The domains of all of a loader's data, counted when they are new or were changed."
-    data,d = dl.dataset,(*getattr(dl.dataset, 'tensors', ()), None, None, None)[2]
+    data = getattr(dl, 'dataset', None)
+    d = (*getattr(data, 'tensors', ()), None, None, None)[2]
     if d is None: return
     kept = getattr(data, 'known', None)
     if kept is None or kept[0] is not d or kept[1] != d._version:
-        kept = data.known = d, d._version, d.flatten().unique()
+        kept = data.known = d, d._version, domain_ids(d, len(d)).unique()
     return kept[2]
 
 

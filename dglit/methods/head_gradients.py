@@ -11,8 +11,9 @@ __all__ = ['HeadMethod', 'Fishr', 'HessianAlignment', 'IGA']
 import torch
 from torch import nn
 
-from ..core import DglitError
-from ..losses.head_gradients import fishr_penalty, head_batch, hessian_penalty, iga_penalty
+from ..core import DglitError, choose
+from ..losses.head_gradients import (CURVATURES, fishr_penalty, head_batch, hessian_penalty,
+                                         iga_penalty)
 from .core import LastFeatureMethod, last_layer, step_generator
 from .irm import InvarianceMethod
 
@@ -85,6 +86,7 @@ class HessianAlignment(HeadMethod):
         module:nn.Module|None=None # The linear layer that makes the logits; None: the model's last
     ):
         super().__init__(weight, anneal_steps, l2, weight_before, module)
+        choose(curvature, CURVATURES, 'curvature')
         self.curvature,self.alpha,self.beta,self.probes = curvature,alpha,beta,probes
 
     def term(self):

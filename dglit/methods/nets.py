@@ -30,7 +30,7 @@ def join_last_group(
     if not params or any(p is params[0] for p in lists[-1]): return
     opt.param_lists = L([*lists[:-1], [*lists[-1], *params]])
     state = getattr(opt, 'opt', opt).state
-    rolls = any(o.get('momentum_buffer') is not None for o in state.values()) # PyTorch's fused SGD has all or none
+    rolls = any(o.get('momentum_buffer') is not None for o in state.values()) # fused SGD has all or none
     state.update({p: dict(momentum_buffer=torch.zeros_like(p)) if rolls else {} for p in params})
 
 # %% ../../nbs/foundations/15_nets.ipynb #5f8929a5

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..core import DglitError
+from ..core import DglitError, of_class
 from .core import FeatureEdit, head_of, step_generator
 
 # %% ../../nbs/rivals/09_rsc.ipynb #6183e625
@@ -47,9 +47,9 @@ def true_class(
     probability:bool=False # The probability, rather than the score?
 ) -> Tensor: # [N]
     "What a head says of the true class of each image."
-    z,y = logits.float().reshape(len(labels), -1),labels.long()
-    if z.shape[1] > 1: return (z.softmax(1) if probability else z).gather(1, y[:,None])[:,0]
-    score = z[:,0]*(2*y - 1)
+    z = logits.float().reshape(len(labels), -1)
+    if z.shape[1] > 1: return of_class(z.softmax(1) if probability else z, labels)
+    score = z[:,0]*(2*labels - 1)
     return score.sigmoid() if probability else score
 
 # %% ../../nbs/rivals/09_rsc.ipynb #f4e63a74

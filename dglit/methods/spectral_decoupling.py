@@ -8,9 +8,9 @@ Docs: https://dglit.github.io/dglit/rivals/spectral_decoupling.html.md"""
 __all__ = ['spectral_decoupling', 'SpectralDecoupling']
 
 # %% ../../nbs/rivals/08_spectral_decoupling.ipynb #6e878957
-import torch
 from torch import Tensor
 
+from ..core import at_least_float32
 from .core import Method
 
 # %% ../../nbs/rivals/08_spectral_decoupling.ipynb #70c23a25
@@ -18,7 +18,7 @@ def spectral_decoupling(
     logits:Tensor # Logits [N,K], of any floating type
 ) -> Tensor: # A scalar, zero or positive, in float32 (float64 for float64 logits)
     "Mean square of the logits (Pezeshki et al., 2021)."
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).square().mean()
+    return at_least_float32(logits).square().mean()
 
 # %% ../../nbs/rivals/08_spectral_decoupling.ipynb #d3e759c8
 class SpectralDecoupling(Method):

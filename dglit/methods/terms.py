@@ -9,6 +9,7 @@ __all__ = ['Method', 'FeatureMethod', 'LastFeatureMethod']
 
 # %% ../../nbs/foundations/13_terms.ipynb #ceaadca1
 from functools import partial
+from math import inf
 
 from fastai.callback.hook import hook_output
 from fastai.learner import ValueMetric
@@ -27,6 +28,8 @@ class Method(Hooked):
     def __init__(self,
         weight:float=1. # Weight of the term: a number, or a fastai schedule
     ):
+        if not callable(weight) and not 0 <= weight < inf:
+            raise DglitError(f"{type(self).__name__}: weight {weight!r}: needed a finite number, 0 or more")
         self.weight,self.logged,self.sums,self.count = weight,{},{},0
         self.columns = [ValueMetric(partial(self.mean_of, k), k) for k in (self.name, *self.logs)]
 
