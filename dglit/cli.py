@@ -110,6 +110,7 @@ def in_words(figures):
     "Names and figures on one line."
     return '  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k,v in figures.items())
 
+# %% ../nbs/foundations/40_cli.ipynb #6dede16c
 FEW_STEPS = 100
 
 def tell_data(learn, spec):
@@ -120,6 +121,7 @@ def tell_data(learn, spec):
     steps = len(learn.dls.train)*spec.recipe.epochs
     if steps < FEW_STEPS: tell(f'{steps} steps are few to learn from: give more epochs, or a smaller bs')
 
+# %% ../nbs/foundations/40_cli.ipynb #983aebe6
 def progress(epochs):
     "Of each epoch that ends, how long the rest will take."
     import time
@@ -175,6 +177,7 @@ def evaluate(
     learn = load_trained(learner_of(runs[0].spec), Path(record).with_suffix(''))
     tell(evaluate(learn).to_string())
 
+# %% ../nbs/foundations/40_cli.ipynb #171851c2
 def on_new_images(record, images, out, **columns):
     "Print accuracies where labels are known, and write what the network says."
     from dglit.core import write_whole
@@ -191,6 +194,7 @@ def tell_run(r, done, total):
     tell(f"{done} of {total}: {label(r.spec)}: {in_words(r.at('last')) or r.status}  ({r.seconds:.0f} s)",
           flush=True)
 
+# %% ../nbs/foundations/40_cli.ipynb #57142a81
 @app.command()
 def reproduce(
     table: Annotated[list[str], typer.Argument(help='See `dglit list`; several run as one.')],
@@ -262,6 +266,7 @@ def search_of(data, model, method, pairs, space, draws, rule, by):
     def mine(o): return '.' not in (key := o.partition('=')[0]) or key.partition('.')[0] in options
     return Search(spec, space_given([o for o in space if mine(o)], options), draws, rule, by)
 
+# %% ../nbs/foundations/40_cli.ipynb #326d592b
 def compare(searches, runs):
     "Print what each search picks, and the best of these."
     import pandas as pd
@@ -336,8 +341,11 @@ def report(
 def first_line(part):
     return (part.__doc__
             or '').strip().split('\n')[0] if part else 'Plain training: empirical risk minimization.'
+
+# %% ../nbs/foundations/40_cli.ipynb #bfb23415
 def in_lines(d): return '\n'.join(f'  {k:{max(map(len, d), default=0)}}  {v}' for k,v in d.items())
 
+# %% ../nbs/foundations/40_cli.ipynb #15f3610e
 def of_part(name, kind):
     "A part and its settings, with their defaults."
     from dglit.experiments.registry import REGISTRIES, kinds_of, needed, settings_of
@@ -345,6 +353,7 @@ def of_part(name, kind):
                 for k,p in settings_of(name, kind).items()}
     return f'{name}, a {kind}: {first_line(REGISTRIES[kind][name])}\n' + in_lines(settings)
 
+# %% ../nbs/foundations/40_cli.ipynb #a76163b4
 def of_table(table):
     "The rows of a table and what is published of them."
     def published(r):

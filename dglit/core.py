@@ -24,6 +24,7 @@ def shown(
     "The text with what is not printable escaped; lines stay lines."
     return ''.join(c if c.isprintable() or c == '\n' else ascii(c)[1:-1] for c in str(text))
 
+# %% ../nbs/foundations/00_core.ipynb #da1fa0ff
 def reason(e:Exception) -> str:
     "What an error says, without the path that `OSError` repeats."
     return getattr(e, 'strerror', None) or str(e)
@@ -77,6 +78,7 @@ def sent(
     if device is None or torch.device(device).type in ('cpu','mps'): return numbers.to(device)
     return numbers.pin_memory().to(device, non_blocking=True)
 
+# %% ../nbs/foundations/00_core.ipynb #bd908a41
 def draw(
     f, # `torch.rand`, `torch.randn`, `torch.randint`, `torch.randperm`
     *args, # What it takes
@@ -191,6 +193,7 @@ def read_bytes(
         return Path(path).read_bytes()
     except (OSError, ValueError) as e: raise DataError(f"cannot read {path}: {reason(e)}") from e
 
+# %% ../nbs/foundations/00_core.ipynb #92367c46
 def read_text(
     path, # Of a file, or of a link to one
     most:int=2**28 # In bytes

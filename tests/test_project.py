@@ -81,6 +81,9 @@ def test_notebook_reads_well(nb):
         s = ''.join(c['source'])
         if c['cell_type'] != 'code': continue
         if '#| export' in s: assert len(s.splitlines()) <= 45, s
+        if '#| exports' in s:
+            named = {o.name for o in ast.parse(s).body if isinstance(o, (ast.FunctionDef, ast.ClassDef)) and o.name[0] != '_'}
+            assert len(named) < 2, f'a symbol a cell, as its heading stands above the cell: {named}'
         alone = {isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.parse(s).body}
         assert len(alone) < 2, f'imports in a cell of their own, as nbdev runs their cells when it renders: {s}'
         assert alone != {False} or '_all_' in s or not s.startswith('#| export\n'), f'exports, so that the page shows the code: {s}'

@@ -49,6 +49,7 @@ def dealt_places(
         place[at] ^= share_of_each(y[at], 1-share if part == 'train' else .5, order).long()
     return place
 
+# %% ../../nbs/photographs/08_compose.ipynb #b51ef5a0
 def dealt_grounds(
     place:Tensor, # Places 0 and 1 [N]
     split:np.ndarray, # 'train', 'valid', 'test' [N]
@@ -90,6 +91,7 @@ def write_waterbirds(
     write_whole(folder/'metadata.csv', table.to_csv(index=False)) # last: with it all is there
     return folder
 
+# %% ../../nbs/photographs/08_compose.ipynb #d8854eb1
 def compose(
     folder, # Where the images and `metadata.csv` go
     objects:Tensor, # uint8 [N,3,H,W]
@@ -124,6 +126,7 @@ def digit_objects(
     colours = torch.randint(224, 256, (len(x), 3, 1, 1), generator=order, dtype=torch.uint8)
     return colours.expand(-1, -1, size, size),masks
 
+# %% ../../nbs/photographs/08_compose.ipynb #694a1de9
 def photo_crops(
     photo:np.ndarray, # uint8 [H,W,3]
     n:int, # How many
@@ -185,6 +188,7 @@ def photo_digits(
     train = loader('train', shuffle=True, seed=seed, balanced=balanced, augment=augment)
     return PhotoLoaders(train, loader('valid'), dict(test=loader('test')), size=size, **PHOTO_DIGITS)
 
+# %% ../../nbs/photographs/08_compose.ipynb #a36f8a86
 def composed(
     folder, # Where the images and `metadata.csv` go
     **kwargs # For `photo_digit_images`: `share`, `size`, `seed`

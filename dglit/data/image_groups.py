@@ -104,6 +104,7 @@ def named_splits(
                             "with 'test', or 0, 1, 2") from None
     return [named(line, o) for line,o in values.items()]
 
+# %% ../../nbs/photographs/03_image_groups.ipynb #ee0848f7
 def drawn_splits(
     parts:list, # What keeps its share: such as (class, group) of each image
     valid:float, # Share of the validation

@@ -80,6 +80,7 @@ def _stat(file):
     except OSError: return None
     return o.st_size, o.st_mtime_ns
 
+# %% ../../nbs/photographs/01_images.ipynb #7f4101a8
 def fingerprint(
     files:list, # Paths
     *settings # What else the result depends on

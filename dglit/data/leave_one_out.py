@@ -36,6 +36,7 @@ def read_list(
     lines = read_text(path).splitlines()
     return [parsed(i, o) for i,o in enumerate(lines, 1) if o.strip()]
 
+# %% ../../nbs/photographs/06_leave_one_out.ipynb #08d87cd6
 def listed_parts(
     folder, # Where the domains are
     domain:str, # The folder of one
@@ -62,6 +63,7 @@ def found_parts(
     drawn = drawn_splits([o.split('/')[-2] for o in files], share, 0, generator(0, 'leave one out', domain))
     return [*zip(files, drawn == 'valid')]
 
+# %% ../../nbs/photographs/06_leave_one_out.ipynb #3e9a0811
 def domain_table(
     folder, # Where the domains are
     domains:list, # Their folders

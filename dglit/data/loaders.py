@@ -99,12 +99,14 @@ def get_idxs(self:TensorLoader):
     if self.balanced and self.shuffle: return balanced_order(self.dataset.tensors[2].cpu(), self.order)
     return torch.randperm(self.n, generator=self.order) if self.shuffle else torch.arange(self.n)
 
+# %% ../../nbs/foundations/02_loaders.ipynb #879f690b
 @patch
 def create_batch(self:TensorLoader, idxs):
     "The examples at these places, a tensor on the device."
     x,*rest = (t.index_select(0, idxs) for t in self.dataset.tensors)
     return (x.mul((1-self.low)/255).add_(self.low), *rest)
 
+# %% ../../nbs/foundations/02_loaders.ipynb #c00ad573
 @patch
 def create_batches(self:TensorLoader, idxs):
     "Batches of these places, any numbers: fastai's `DistributedDL` gives each process its own."

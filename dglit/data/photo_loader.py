@@ -134,6 +134,7 @@ class FileLoader(PhotoLoader):
 
     def __iter__(self): return map(self.ready, TfmdDL.__iter__(self))
 
+# %% ../../nbs/photographs/02_photo_loader.ipynb #ca571fba
 def photo_loader(
     images, # uint8 [N,3,H,W]: a tensor, or `ImageFiles`
     *targets, # Classes (and groups) [N]
@@ -154,6 +155,7 @@ class _Rows:
 @patch(as_prop=True)
 def items(self:PhotoLoader): return _Rows(self.dataset)
 
+# %% ../../nbs/photographs/02_photo_loader.ipynb #e273a36d
 @patch
 def decode(self:PhotoLoader, b):
     "What can be looked at: images from 0 to 1, classes."

@@ -73,6 +73,7 @@ class NumberLoader(TensorLoader):
     as_bytes = False
     def create_batch(self, idxs): return tuple(t.index_select(0, idxs) for t in self.dataset.tensors)
 
+# %% ../../nbs/family/04_linear_unit_tests.ipynb #2c4593e3
 def unit_test_loaders(
     example:str='2', # '1' or '2'; '1s' or '2s': scrambled
     n:int=10_000, # Examples of each environment, in each split

@@ -31,6 +31,7 @@ def differences(
     return [f'{part}, {name}: {there:,} images, published {n:,}' for part,counts in published.items()
             for name,there,n in zip(groups, found.loc[part].tolist(), counts) if there != n]
 
+# %% ../../nbs/photographs/04_waterbirds.ipynb #44f609aa
 def needs_files(
     folder, # Where the data should be
     names:list, # Files or folders that it has
@@ -63,6 +64,7 @@ def waterbirds_table(
     table = pd.DataFrame(dict(file=file, y=y, group=2*y + place, split=named_splits(split)))
     return table.sort_values('split', kind='stable'),[f'{b} on {p}' for b in BIRDS for p in PLACES]
 
+# %% ../../nbs/photographs/04_waterbirds.ipynb #962fe63f
 @delegates(photo_loaders, but=['differs'])
 def waterbirds(
     folder:str|None=None, # Where `metadata.csv` is, from here or from dglit's data folder on; None: there

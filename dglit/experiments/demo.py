@@ -56,6 +56,7 @@ def bars(ax, runs, domains, labels, names, rule):
     ax.set(ylim=(0,105), xlabel='', ylabel='accuracy, %')
     ax.legend(loc='lower center', bbox_to_anchor=(.5,1), ncols=2, frameon=False)
 
+# %% ../../nbs/foundations/34_demo.ipynb #2aea7a6f
 def strip(ax, images, label):
     "Images side by side, with a label before them."
     ax.imshow(images.permute(1,2,0).cpu())
@@ -137,6 +138,7 @@ def train_all(names, each, learners, advance):
     parallel = Parallel(cpu_count(), prefer='threads', return_as='generator')
     yield from zip(names, parallel(delayed(work)(*o) for o in zip(learners, each)))
 
+# %% ../../nbs/foundations/34_demo.ipynb #d946d2c1
 def demo(
     folder='dglit-demo', # Where the figure and the records go
     seeds:int=3 # Trainings of each kind

@@ -81,6 +81,7 @@ def answers(learn:Learner) -> tuple: # (classes [N], probability of each [N])
     p = z.softmax(1) if z.shape[1] > 1 else torch.cat([1-z.sigmoid(), z.sigmoid()], 1)
     return p.argmax(1), p.amax(1)
 
+# %% ../../nbs/foundations/37_new_images.ipynb #01c9c67a
 def predictions(
     record, # Of `dglit train --out`
     where, # A folder of images, or a CSV
@@ -95,6 +96,7 @@ def predictions(
     y,p = answers(learn)
     return table.assign(prediction=[learn.dls.vocab[i] for i in y.tolist()], confidence=p.numpy().round(4))
 
+# %% ../../nbs/foundations/37_new_images.ipynb #e59f8b1c
 def accuracy_by_group(
     table:pd.DataFrame # From `predictions`
 ) -> pd.DataFrame: # `accuracy` in percent and `n`: of all that have a label, of each group, of the worst

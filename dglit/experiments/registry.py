@@ -136,6 +136,7 @@ def as_kind(value, kind):
         return tuple(as_one_of(o, elements) for o in value)
     raise TypeError(value)
 
+# %% ../../nbs/foundations/27_registry.ipynb #a492ed52
 def as_one_of(value, kinds):
     "The value as the first of the kinds that it can be."
     for kind in kinds:

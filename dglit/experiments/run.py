@@ -49,6 +49,7 @@ def learner_of(
     set_seed(spec.seed)
     return learner_on(spec.data.build(bs=spec.recipe.bs, seed=spec.seed, **given), spec, rule)
 
+# %% ../../nbs/foundations/30_run.ipynb #33a4339b
 def learner_on(
     dls:DomainLoaders, # Loaders
     spec:Spec, # Model, methods and recipe
@@ -75,6 +76,7 @@ def processor() -> str:
         if found: name = found[0].partition(': ')[2]
     return f'{name}, {torch.backends.cpu.get_cpu_capability()}'
 
+# %% ../../nbs/foundations/30_run.ipynb #22839662
 def machine_of(learn:Learner) -> dict:
     "What a Learner runs on: what must be equal for its numbers to be equal."
     device = learn.dls.device
@@ -83,6 +85,7 @@ def machine_of(learn:Learner) -> dict:
                 threads=torch.get_num_threads(),
                 precision='bf16' if any(isinstance(o, BFloat16) for o in learn.cbs) else 'fp32')
 
+# %% ../../nbs/foundations/30_run.ipynb #e5266ca9
 def versions() -> dict:
     "Of what a training's numbers depend on."
     from dglit import __version__
@@ -112,6 +115,7 @@ def fit(
         SCHEDULES[spec.recipe.schedule](learn, epochs, cbs=cbs)
     return record_of(learn, spec, time.perf_counter() - start)
 
+# %% ../../nbs/foundations/30_run.ipynb #9d39391e
 def record_of(
     learn:Learner, # Trained
     spec:Spec, # As this says
@@ -147,6 +151,7 @@ def run_or_record(
     try: return run(spec, **given)
     except Exception: return failed(spec, traceback.format_exc())
 
+# %% ../../nbs/foundations/30_run.ipynb #54f04e37
 def failed(spec:Spec, error:str) -> Run:
     "The record of a run that failed."
     return Run(spec, 'failed', [], versions=versions(),

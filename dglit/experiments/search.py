@@ -90,6 +90,7 @@ def pick(self:Search, runs, **changes) -> Spec:
     "The training that the rule picks."
     return self.best(self.by, runs, **changes)
 
+# %% ../../nbs/foundations/35_search.ipynb #d240cf8d
 @patch
 def best(self:Search, domain, runs, **changes) -> Spec: # the first of equals
     draws = self.draws(runs, **changes)

@@ -124,6 +124,7 @@ def as_part(given, kind):
     if given.kind != kind: raise DglitError(f"{given} is a {given.kind}: needed a {kind}")
     return given
 
+# %% ../../nbs/foundations/28_spec.ipynb #62eb0b77
 def as_methods(given):
     "Methods from names joined by '+', a part, or a list of these; 'erm' is none."
     if isinstance(given, str): given = given.split('+')
@@ -141,6 +142,7 @@ def options_of(
     return {**{o.name: settings_of(o.name, o.kind) for o in parts},
             'recipe': dict(signature(Recipe).parameters)}
 
+# %% ../../nbs/foundations/28_spec.ipynb #4e4e8139
 def owner_of(
     name:str, # Of a setting, or 'part.setting'
     options:dict # From `options_of`

@@ -6,8 +6,8 @@ Docs: https://dglit.github.io/dglit/foundations/tables.html.md"""
 
 # %% auto #0
 __all__ = ['Published', 'interval', 'Row', 'Table', 'spec_of', 'specs_of', 'runs_of', 'accuracies', 'summarise', 'plus_minus',
-           'as_cells', 'compared', 'as_text', 'as_markdown', 'plot_table', 'crossed', 'changes_between', 'variants',
-           'report', 'report_name']
+           'signed', 'as_cells', 'compared', 'as_text', 'as_markdown', 'plot_table', 'crossed', 'changes_between',
+           'variants', 'report', 'report_name']
 
 # %% ../../nbs/foundations/31_tables.ipynb #043320e6
 from dataclasses import dataclass, field, replace
@@ -34,6 +34,7 @@ class Published(NamedTuple):
     @property
     def interval(self): return interval(self.mean, self.std, self.n or 0)
 
+# %% ../../nbs/foundations/31_tables.ipynb #d07f9c1d
 def interval(mean, std, n) -> tuple:
     "The 95% interval of a mean over `n` runs, by Student's t; nan for fewer than two."
     half = student.ppf(.975, n-1)*std/n**.5 if n > 1 else nan
@@ -50,6 +51,7 @@ class Row:
     rule: str = 'best:valid' # Which epoch: see `select_epoch`
     axes: dict = field(default_factory=dict) # Its place on several axes: {'method': 'CIM', 'alpha': '1%'}
 
+# %% ../../nbs/foundations/31_tables.ipynb #3b05ef7c
 @dataclass(frozen=True)
 class Table:
     "A published table, or a study of ours in the same form."
@@ -134,16 +136,23 @@ def plus_minus(mean, std=nan) -> str:
     return f'{mean:.1f}' if pd.isna(std) else f'{mean:.1f} ± ' + (f'{std:.1f}'
                                                                   if std >= .05 else f'{std:.1g}')
 
+# %% ../../nbs/foundations/31_tables.ipynb #signed31
+def signed(d):
+    "With its sign, and never -0.0."
+    return f'{round(d, 1) + 0:+.1f}'
+
+# %% ../../nbs/foundations/31_tables.ipynb #0094e8f7
 def as_cells(o, name):
     "A domain of a row, in two cells."
     return {name: plus_minus(o['mean'], o['std']),
             f'published {name}': plus_minus(o.published, o.published_std)}
 
+# %% ../../nbs/foundations/31_tables.ipynb #8dd39455
 def compared(test):
     "How the test domain compares, in three cells."
     d,s = test.difference, test.published_std
-    return {'test − published': '–' if pd.isna(d) else f'{d:+.1f}',
-            'in published s': '–' if pd.isna(d) or not s > 0 else f'{d/s:+.1f}',
+    return {'test − published': '–' if pd.isna(d) else signed(d),
+            'in published s': '–' if pd.isna(d) or not s > 0 else signed(d/s),
             '95% interval of test': '–'
             if pd.isna(test.low) else f'{max(test.low, 0):.1f} to {min(test.high, 100):.1f}'}
 
@@ -160,6 +169,7 @@ def as_text(
         lines.append({'': test.label, 'n': test.n, **cells, **compared(test)})
     return pd.DataFrame(lines, columns=None if lines else ['', 'n']).set_index('')
 
+# %% ../../nbs/foundations/31_tables.ipynb #c4a4d6df
 def as_markdown(
     summary:pd.DataFrame # From `summarise`
 ) -> str:
@@ -254,6 +264,7 @@ def report(
     write_whole(f'{name}.png', png.getvalue())
     return s
 
+# %% ../../nbs/foundations/31_tables.ipynb #ef7f86f9
 def report_name(table, **changes):
     "A file's name, of the table's and of settings: letters and digits, nothing that leads elsewhere."
     words = [table.name, *(f'{k}={v}' for k,v in changes.items())]

@@ -45,6 +45,7 @@ def kept_by(
         return isinstance(v, Tensor)
     return {k: v for k,v in vars(cb).items() if holds(v)}
 
+# %% ../../nbs/foundations/36_together.ipynb #e6d13d23
 def each_of(f, kept):
     "`f` of each tensor in what `kept_by` gave."
     return {k: f(v) if isinstance(v, Tensor) else each_of(f, v) for k,v in kept.items()}
@@ -77,6 +78,7 @@ class Step(nn.Module):
                for cb,old in zip(methods, constant)]
         return learn.loss_grad, learn.loss, is_right(learn.pred, *learn.yb), new
 
+# %% ../../nbs/foundations/36_together.ipynb #89df0c1d
 def methods_in(learn): return [o for o in learn.cbs if isinstance(o, Hooked)]
 
 # %% ../../nbs/foundations/36_together.ipynb #d65aa058
@@ -132,6 +134,7 @@ class SeedsLoader:
 class NotTogether(DglitError):
     "Why a training cannot stand beside others of its kind."
 
+# %% ../../nbs/foundations/36_together.ipynb #b69d3eb4
 ALONE = ('before_backward','before_step','after_cancel_step','after_step') # events that are not called
 
 def check_together(
@@ -142,6 +145,7 @@ def check_together(
         if any(hasattr(type(cb), o) for o in ALONE):
             raise NotTogether(f'{cb.name} takes part in the step itself')
 
+# %% ../../nbs/foundations/36_together.ipynb #c3fbf2f8
 def reason_of(e:Exception):
     "What an error in the first step says, without fastai's lines above it."
     lines = [o.strip() for o in str(e).splitlines()]
@@ -202,6 +206,7 @@ def take_step(self:Together, xb, yb):
     if self.learners[0].track_domains.due(self.epoch): self.right.append(right)
     return loss.detach()
 
+# %% ../../nbs/foundations/36_together.ipynb #6c5b83d0
 @patch
 def check_first_step(self:Together, random_state):
     if not torch.equal(random_state, torch.get_rng_state()):
@@ -217,6 +222,7 @@ def before_validate(self:Together):
         for i in sorted(self.left): self.measure(i, self.learners[i], alive[i])
     raise CancelValidException
 
+# %% ../../nbs/foundations/36_together.ipynb #f3057fc0
 @patch
 def measure(self:Together, i, learn, alive):
     "One seed's epoch, as its own Learner has it, with the training done."
@@ -231,6 +237,7 @@ def measure(self:Together, i, learn, alive):
         learn('after_cancel_fit')
         self.left.remove(i)
 
+# %% ../../nbs/foundations/36_together.ipynb #9d15116a
 @patch
 def hand_over(self:Together, i, learn):
     "What one seed's callbacks would have seen of the epoch."
@@ -241,6 +248,7 @@ def hand_over(self:Together, i, learn):
         vars(its).update(each_of(lambda v: v[i], {k: v for k,v in kept_by(mine).items() if k in names}))
         if hasattr(mine, 'count'): its.count = mine.count
 
+# %% ../../nbs/foundations/36_together.ipynb #670696c5
 @patch
 def after_fit(self:Together):
     for o in self.learners: o('after_fit')

@@ -31,6 +31,7 @@ def outputs_on(
     with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluating(model):
         return model(*(x.to(here) for x in xs))
 
+# %% ../../nbs/foundations/22_learner.ipynb #2c2c06fe
 def check_batch(
     dls, # `DataLoaders`
     model, # What a Learner on them is to train

@@ -38,6 +38,7 @@ def is_right(
     answers = z.argmax(1) if z.shape[1] > 1 else z[:,0] > 0
     return (answers == y) & ~z.isnan().any(1)
 
+# %% ../../nbs/foundations/21_tracking.ipynb #3a94260c
 def any_odd(
     logits:Tensor, # As for `is_right`
     targets:Tensor # One for each example
@@ -97,6 +98,7 @@ def percent(
     "Accuracy in percent."
     return round(100*right.cpu().double().mean().item(), 4)
 
+# %% ../../nbs/foundations/21_tracking.ipynb #93745d19
 def group_names(learn:Learner):
     "What loaders call the domains 0, 1, ...: their `group_names`, or the vocabulary fastai made; else None."
     if getattr(learn.dls, 'group_names', None): return learn.dls.group_names
@@ -182,6 +184,7 @@ def after_epoch(self:TrackDomains):
     if self.selected == len(self.curve)-1: self.weights = deepcopy(self.model.state_dict())
     if epoch == self.n_epoch-1: self.after_cancel_fit()
 
+# %% ../../nbs/foundations/21_tracking.ipynb #0eedbb6d
 @patch
 def measured(self:TrackDomains, epoch, logged):
     "A line of the curve: losses, what else the Recorder logged, and accuracies."
@@ -197,6 +200,7 @@ def measured(self:TrackDomains, epoch, logged):
     self.domains_measured = [*train, *valid, *tests]
     return dict(epoch=epoch, **dict(losses), **train, **valid, **logged, **tests)
 
+# %% ../../nbs/foundations/21_tracking.ipynb #f8afe83b
 @patch
 def after_cancel_fit(self:TrackDomains):
     if self.weights: self.model.load_state_dict(self.weights)

@@ -64,6 +64,7 @@ def outer_means(
     with torch.autocast(A.device.type, enabled=False):
         return torch.einsum('...enk,nd->...ekd', A[:,:,None]*values, features)
 
+# %% ../../nbs/family/02_head_gradients.ipynb #c3176f48
 def head_gradients(
     h:HeadBatch # See `head_batch`
 ) -> Tensor: # [E,K,D+1]
@@ -129,6 +130,7 @@ def probed_diagonal(
     "The Hessian's diagonal, from products with random signs (Hutchinson)."
     return (signs*hessian_product(h, signs)).mean(0)
 
+# %% ../../nbs/family/02_head_gradients.ipynb #b1476455
 def random_signs(
     shape:tuple, # Of the result
     like:Tensor, # Type and device of the result

@@ -25,6 +25,7 @@ class CORAL(LastFeatureMethod, DomainMethod):
         self.need_several()
     def term(self): return self.penalty(self.features, *self.numbered())
 
+# %% ../../nbs/family/13_alignment.ipynb #9d7bdb4c
 class MMD(CORAL):
     "Alike distributions of the last layer's inputs, by kernels (Li et al., 2018; as DomainBed has it)."
     penalty = staticmethod(mmd_penalty)

@@ -114,6 +114,7 @@ def measure(self:CIM, x, y):
     if self.variant == 'gram': return inner_product(x, y)
     return ms_ssim(x, y, self.win_size, self.levels, floor=.01)
 
+# %% ../../nbs/cim/05_cim.ipynb #5a6f220e
 @patch
 def term(self:CIM):
     x,masked = self.x.as_subclass(Tensor),self.features

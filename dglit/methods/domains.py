@@ -93,6 +93,7 @@ def losses(self:DomainMethod, pred:Tensor, y:Tensor) -> Tensor: # [N]
         raise DglitError(f"{name} needs the loss of each example, and {loss_func} takes no "
                          "reduction='none': give a loss that does") from e
 
+# %% ../../nbs/foundations/14_domain_methods.ipynb #90997ff4
 @patch
 def need_several(self:DomainMethod): # looked at in the first step of a fit, as a card is waited for
     begun = self.epoch + self.iter > 0 or getattr(self.learn, 'side_by_side', False)
@@ -110,6 +111,7 @@ def numbered(self:DomainMethod) -> tuple: # (number of each example's domain: in
     ids,index = self.domain.unique(return_inverse=True)
     return index, len(ids)
 
+# %% ../../nbs/foundations/14_domain_methods.ipynb #97c7799d
 @patch
 def mean_by_domain(self:DomainMethod,
     values:Tensor # Of each example [N]
@@ -117,6 +119,7 @@ def mean_by_domain(self:DomainMethod,
     "The mean in each domain that `numbered` counts."
     return domain_means(values, *self.numbered())
 
+# %% ../../nbs/foundations/14_domain_methods.ipynb #4ff3a9ca
 @patch
 def domain_risks(self:DomainMethod) -> Tensor: # [E], in the order of `self.domain_ids`
     "The mean loss of each domain that is present."

@@ -24,6 +24,7 @@ def beta_shares(
     u = torch._standard_gamma(torch.full((2, n), alpha, dtype=torch.float64), generator=generator)
     return (u[0]/u.sum(0).clamp(min=1e-300)).float()
 
+# %% ../../nbs/family/22_mixup.ipynb #8a8d8cf9
 def mixed(
     images:Tensor, # [N,...]
     partner:Tensor, # Who is mixed in, places int64 [N]

@@ -69,6 +69,7 @@ def before_train(self:PAIR):
     super(PAIR, self).before_train()
     if self.epoch == 0: self.turned = False
 
+# %% ../../nbs/family/12_pair.ipynb #311406e7
 @patch
 def before_step(self:PAIR):
     "The authors' second optimizer: momentum 0.9, no weight decay."

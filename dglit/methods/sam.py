@@ -25,6 +25,7 @@ def snapshot(
     "Tensors with what is in them."
     return [(o, o.detach().clone()) for o in tensors]
 
+# %% ../../nbs/family/01_sam.ipynb #cb0b9906
 def put_back(
     kept:list # From `snapshot`
 ):
@@ -96,6 +97,7 @@ def another_pass(self:SAM):
     self.learn('after_loss')
     self.loss_grad.backward()
 
+# %% ../../nbs/family/01_sam.ipynb #e0fa401b
 @patch
 @contextmanager
 def as_before(self:SAM):

@@ -24,6 +24,7 @@ def cim_spec(methods='erm', **settings):
     return Spec('background_mnist', 'mlp', methods,
                 **{**recipe, 'hidden': [1024,512,256], 'xavier': False, 'alpha': 1., **settings})
 
+# %% ../../nbs/cim/10_rows.ipynb #d9b1b356
 def ground_row(name, label, spec, test=nan, axes=None):
     "A row on painted backgrounds, after the last epoch."
     return Row(name, label, spec, dict(balanced=Published(), test=Published(test)), 'last', axes or {})
@@ -51,12 +52,14 @@ def searched(search, prefix, label):
     values = [[f'{v:g}' for k,v in o.items() if k != 'sign'] for o in settings_tried(search.space)]
     return [ground_row(prefix.format(*v), label.format(*v), spec) for v,spec in zip(values, search.specs())]
 
+# %% ../../nbs/cim/10_rows.ipynb #0efc0fda
 def cim_rows(search):
     "The search of CIM, its two signs apart."
     rows = searched(search, 'cim-{}', 'CIM, λ = {}')
     return [*rows[:5], *(replace(r, name=r.name.replace('cim-', 'cim-intended-'),
                                  label=r.label.replace(', ', ', intended sign, ')) for r in rows[5:])]
 
+# %% ../../nbs/cim/10_rows.ipynb #70a83c7e
 def varied(name, label, **settings):
     return ground_row(f'cim-{name}', f'CIM, {label}', cim_spec('cim', **{'weight': .01, **settings}))
 

@@ -31,6 +31,7 @@ def family_spec(
     base = dict(epochs=501, bs=None, opt='adam', wd=0., every=20, loss='binary_cross_entropy', lr=lr)
     return Spec(WORLD, Part('mlp', hidden=[hidden]*2), methods, **{**base, **recipe})
 
+# %% ../../nbs/family/21_rows.ipynb #8a15fc58
 def official(name, times=1., **settings):
     "A method with IRM's weight, several times, its steps and its l2."
     recipe = dict(weight=times*OFFICIAL['weight'], anneal_steps=OFFICIAL['anneal_steps'], l2=OFFICIAL['l2'])
@@ -67,6 +68,7 @@ def searched(name):
     space = {**own, **{f'{name}.{k}': v for k,v in SPACE.items() if k not in own}}
     return Search(family_spec(Part(name), every=100), space, n=16, rule='last', by='valid')
 
+# %% ../../nbs/family/21_rows.ipynb #3062d83a
 def with_bottleneck(methods=(), **space):
     "Sixteen draws of IB-ERM's settings, with IRM's or without."
     parts = [*methods, Part('iberm', anneal_steps=100, by_domain=True)]
@@ -110,6 +112,7 @@ def worlds(parts, inverse, **recipe):
                 loss='binary_cross_entropy')
     return Spec(world, Part('mlp', hidden=[256, 256]), parts, **{**base, **recipe})
 
+# %% ../../nbs/family/21_rows.ipynb #dea4bd12
 def pair_table(name, title, inverse, sgd_lr, published):
     "Five answers in one of the two worlds; `published`: each one's figures at test."
     penalties = [Part(o, weight=1e4, anneal_steps=150, weight_before=0.) for o in ('irm','vrex')]

@@ -24,6 +24,7 @@ def irm_spec(method, hidden, lr, l2, **settings):
     return Spec('colored_mnist', 'mlp', method,
                 **{**recipe, **l2, 'hidden': [hidden]*2, 'lr': lr, **settings})
 
+# %% ../../nbs/irm/09_rows.ipynb #2dded8e6
 def colored_row(name, label, spec, train=nan, train_std=nan, test=nan, test_std=nan, rule='last', n=None):
     "A row on Colored MNIST."
     return Row(name, label, spec, dict(train=Published(train, train_std, n),

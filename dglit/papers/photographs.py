@@ -45,6 +45,7 @@ def birds_spec(methods='erm', balanced=False, **settings):
     recipe = dict(epochs=3 if balanced else 6, bs=64, schedule='flat_cos', precision='fp32')
     return Spec(data, net, methods, **{**recipe, **settings})
 
+# %% ../../nbs/photographs/10_rows.ipynb #08e2685e
 def by_worst(methods='erm', balanced=False, own=None, by='valid[worst]', **settings):
     "A search over the six recipes, each with a draw of the method's own settings."
     drawn = settings_tried(own, len(RECIPES), seed=2) if own else [{}]*len(RECIPES)
@@ -104,6 +105,7 @@ def photo_spec(data, methods='erm', net='resnet50', **settings):
     recipe = dict(bs=128, opt='sgd', lr=1e-3, wd=1e-4, epochs=30)
     return Spec(data, Part('backbone', name=net, pretrained=True), methods, **{**recipe, **settings})
 
+# %% ../../nbs/photographs/10_rows.ipynb #d53a585d
 PAPER_METHODS = dict(
     erm=('Plain training', 'erm', {}), scl=('SCL, end to end', 'scl', dict(weight=1., sample='train')),
     vib=('VIB', 'vib', dict(beta=1e-3)), cim=('CIM', 'cim', dict(weight=.01)),
@@ -143,6 +145,7 @@ def vlcs_row(key, test, figure):
     return Row(f'{key}-{test.lower()}', f'{label}, {test} left out', spec, published, 'best:valid',
                dict(method=label, test=test))
 
+# %% ../../nbs/photographs/10_rows.ipynb #4f733adc
 def nine_row(key, *figures):
     label,methods,own = PAPER_METHODS[key]
     published = zip(('original','mixed_same','mixed_rand'), map(Published, figures))

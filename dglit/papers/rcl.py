@@ -16,6 +16,7 @@ def rcl_spec(margin=None, **settings):
     "A training with RCL; without a margin, with none."
     return Spec('mnist_mp', 'convnet', 'rcl', **({} if margin is None else dict(margin=margin)), **settings)
 
+# %% ../../nbs/rcl/07_rows.ipynb #9ef476cd
 def mnist_mp_row(name, label, spec, valid, valid_std, test, test_std, rule='best:valid', test_domain='grey'):
     "A row of Table 2: ten runs, at the epoch of the best validation accuracy, or stopped early."
     return Row(name, label, spec, dict(valid=Published(valid, valid_std, 10),
