@@ -6,8 +6,8 @@ Docs: https://dglit.github.io/dglit/foundations/tables.html.md"""
 
 # %% auto #0
 __all__ = ['Published', 'interval', 'Row', 'Table', 'spec_of', 'specs_of', 'runs_of', 'accuracies', 'summarise', 'plus_minus',
-           'signed', 'as_cells', 'compared', 'as_text', 'as_markdown', 'plot_table', 'crossed', 'changes_between',
-           'variants', 'report', 'report_name']
+           'signed', 'as_cells', 'compared', 'as_text', 'as_markdown', 'plot_table', 'crossed', 'lasted', 'made_on',
+           'changes_between', 'variants', 'report', 'report_name']
 
 # %% ../../nbs/foundations/31_tables.ipynb #043320e6
 from dataclasses import dataclass, field, replace
@@ -215,6 +215,25 @@ def crossed(
     published = {k: v for k,v in published.items() if set(v.values()) != {'–'}}
     return pd.DataFrame({**ours, **published})
 
+# %% ../../nbs/foundations/31_tables.ipynb #prov31b
+def lasted(seconds):
+    "A time in seconds, or in minutes from two on."
+    return f'{seconds:.0f} s' if seconds < 120 else f'{seconds/60:.0f} min'
+
+# %% ../../nbs/foundations/31_tables.ipynb #prov31c
+def made_on(runs:list) -> str:
+    "How many runs were made on which machines, with which versions, and how long one took."
+    kinds = {}
+    for r in runs:
+        m = dict(device='unknown', precision='unknown') | r.machine
+        on = [m['device']]
+        if on == ['cpu']: on = [m['processor'] or 'cpu', f"{m['threads']} thread" + 's'*(m['threads'] != 1)]
+        key = ', '.join([*on, m['precision']]), ', '.join(f'{k} {v}' for k,v in r.versions.items())
+        kinds.setdefault(key, []).append(r.seconds)
+    return f'{len(runs)} runs: ' + '; '.join(
+        f"{len(s)} on {on} ({versions}), {' to '.join(dict.fromkeys(map(lasted, (min(s), max(s)))))} each"
+        for (on,versions),s in kinds.items())
+
 # %% ../../nbs/foundations/31_tables.ipynb #14806207
 def changes_between(
     spec:Spec, # A training
@@ -256,8 +275,9 @@ def report(
 ) -> pd.DataFrame: # From `summarise`
     "Write `<table>.md`, `.csv` and `.png`: our runs beside the published figures."
     s,name = summarise(table, runs, **changes), Path(folder)/report_name(table, **changes)
-    write_whole(f'{name}.md',
-                f'# {table.title}\n\nAccuracy in percent; published: {table.source}.\n\n{as_markdown(s)}\n')
+    mine = {r.spec: r for row in table.rows for r in runs_of(row, runs, **changes)}.values()
+    write_whole(f'{name}.md', f'# {table.title}\n\nAccuracy in percent; published: {table.source}.\n\n'
+                              f'{as_markdown(s)}\n\n{made_on(list(mine))}\n')
     write_whole(f'{name}.csv', s.to_csv(index=False))
     png,ax = BytesIO(),plot_table(s)
     ax.figure.savefig(png, format='png', dpi=150, bbox_inches='tight'); plt.close(ax.figure)
