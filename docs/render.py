@@ -42,7 +42,9 @@ def relink(text, folder):
 
 def heading(markdown):
     "Of what `show_doc` printed, the heading and the link to the source: signature and docstring stand in the code below it."
-    rule, link, head = markdown.split('\n\n')[:3]
+    parts = markdown.split('\n\n')
+    head = next(o for o in parts if o.startswith('#'))
+    link = next((o for o in parts if o.startswith('[source]')), '')  # none where a decorator hides it
     return f"{head}\n\n{re.sub(r'{.*}', '{.source}', link)}"
 
 
