@@ -166,6 +166,7 @@ def test_figures_grey_is_legible_on_the_page(browser, scheme):
 @needs_browser
 @pytest.mark.parametrize('query,href', [('margin', 'rcl/loss'), ('75%', 'irm/colored_mnist'), ('table 2', 'rcl/table2'),
                                         ('reproduce table 2 cluster', 'guides/gpu_and_cluster'), ('multi GPU', 'foundations/several_cards'),
+                                        ('IRM CSV sites', 'guides/own_images'), ('out of memory', 'guides/gpu_and_cluster'),
                                         ('cost memory time', 'guides/gpu_and_cluster'), ('CSV images group', 'guides/own_images'),
                                         ('DomainBed names', 'guides/domainbed'), ('list of all methods', 'guides/all_methods'),
                                         ('ONNX', 'foundations/saving'), ('without fastai', 'foundations/methods'), ('licence cite', 'index')])
