@@ -82,7 +82,8 @@ BY = Annotated[str, typer.Option(help='The validation domain whose accuracy at t
 FOR_ALL = Annotated[list[str],
                     typer.Option('--set', help='A setting of every row, such as digits=digits or epochs=1; '
                                             'may be repeated.')]
-RECORD = Annotated[str, typer.Argument(help='A record of `dglit train --out`, its weights beside it.')]
+RECORD = Annotated[str, typer.Argument(help='A record of `dglit train --out`, its weights beside it, '
+                                            'or a folder with one.')]
 SEARCHED = Annotated[str, typer.Argument(help='Of a paper: see `dglit list`; none: what the options say.')]
 REPORTED = Annotated[str, typer.Option(help='See `dglit list`; none: every table that the records are of.')]
 LISTED = Annotated[str, typer.Argument(help='A table: its rows; a part: its settings; none: all there is.')]
@@ -162,16 +163,18 @@ def evaluate(
     record: RECORD,
     images: Annotated[str, typer.Argument(help='A folder of new images, or a CSV; none: its own data.')] = '',
     out: Annotated[str, typer.Option(help='Where the predictions go.')] = 'predictions.csv',
-    file: Annotated[str, typer.Option(help='Column of a CSV: the image.')] = 'file',
-    label: Annotated[str, typer.Option(help='Column: its class, if it is known.')] = 'label',
-    group: Annotated[str, typer.Option(help='Column: its group, if there is one.')] = 'group'):
+    file: Annotated[str, typer.Option(help='Column of a CSV: the image; none: as in training.')] = '',
+    label: Annotated[str, typer.Option(help='Column: its class, if it is known.')] = '',
+    group: Annotated[str, typer.Option(help='Column: its group, if there is one.')] = ''):
     "What a saved training gets right, in every domain and group; or what it says of new images."
     if images: return on_new_images(record, images, out, file=file, label=label, group=group)
     from pathlib import Path
     from dglit.core import DglitError
     from dglit.experiments.record import read_runs
     from dglit.experiments.run import learner_of
+    from dglit.experiments.new_images import record_in
     from dglit.learner import evaluate, load_trained
+    record = record_in(record)
     runs = read_runs(record)
     if len(runs) != 1: raise DglitError(f"{record} holds {len(runs)} records: give the file of one")
     learn = load_trained(learner_of(runs[0].spec), Path(record).with_suffix(''))

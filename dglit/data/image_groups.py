@@ -11,6 +11,7 @@ __all__ = ['SPLITS', 'read_table', 'numbered', 'files_inside', 'named_splits', '
 # %% ../../nbs/photographs/03_image_groups.ipynb #f1a27a97
 import csv, io, os, re
 from decimal import Decimal
+from inspect import signature
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -204,7 +205,13 @@ def _labels(values):
     _can_show(values, 'label')
     for line,o in values.items():
         if _empty(o): raise DataError(f"line {line}: the label is {o!r}: give every image a class")
-    return numbered(list(values))
+    y,names = numbered(list(values))
+    alike = {}
+    for o in names: alike.setdefault(o.casefold(), []).append(o)
+    for o in alike.values():
+        if len(o) > 1: raise DataError(f"labels {' and '.join(map(repr, o))} differ in capitals alone: "
+                                       "write one of them")
+    return y,names
 
 def _groups(values, y, vocab, cross):
     "Groups, -1 where there is none; with `cross` each class has its own."
@@ -233,6 +240,9 @@ def image_groups(
     **kwargs # For `photo_loaders`: `size`, `bs`, `seed`, `balanced`, `augment`, `broken`, ...
 ) -> PhotoLoaders: # Batches (images [B,3,size,size] in [0,1], classes, groups)
     "Loaders of any folder of images and a CSV."
+    for o in kwargs: choose(o, list(signature(image_groups).parameters), 'setting')
+    if group == label: raise DataError(f"group and label are one column, {label!r}: a group is what else there "
+                                       "is to see in an image")
     path = Path(folder).expanduser()/table
     if not path.is_file(): path = Path(table).expanduser()
     text = read_table(path)

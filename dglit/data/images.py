@@ -120,7 +120,8 @@ def pack_images(
 ) -> tuple: # (uint8 [N,3,size,size], mapped from disk, or `ImageFiles`; of those left out, index -> why)
     "Decode and resize images once; where the disk does not hold them, only see whether they can be."
     choose(broken, ['error','skip'], 'broken'); choose(resize, RESIZES, 'resize')
-    if size < 1: raise DataError(f'size {size}: needed 1 or more')
+    if not isinstance(size, (int,np.integer)) or size < 1:
+        raise DataError(f'size {size!r}: needed 1 or more, a whole number of pixels')
     home,name,need = cache_folder(cache), fingerprint(files, size, resize), len(files)*3*size*size
     lost = {i: f'{f}: {_is_no_image(f)}' for i,f in enumerate(files) if not _stat(f)}
     if len(lost) == len(files) or lost and broken == 'error': _complain(lost, len(files), rows)

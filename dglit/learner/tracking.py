@@ -133,17 +133,15 @@ class TrackDomains(Answers):
         self.curve,self.domains_measured = [],[] # `domains_measured`: which keys of the curve are accuracies
         self.weights,self.begun,self.own = None,[],False
 
-    def before_fit(self): # a rule that the data cannot answer fails now, too
-        (kind,domain),there = parse_rule(self.rule), getattr(self.dls, 'domains', ('valid',))
-        if kind == 'best' and domain.partition('[')[0] not in there:
-            raise DglitError(f"rule {self.rule!r}: these data have no {domain!r}, but {', '.join(there)}")
-        if kind == 'best' and '[' in domain: self.check_group(domain)
+    def before_fit(self):
+        self.checked = False
         if self.opt is not None: bring_memory(self.opt)
 
     def before_epoch(self):
         self.begun.append(None) # validate() and get_preds() call this and after_epoch too, ...
     def before_train(self): # ... but not this
         self.begun[-1] = self.epoch
+        if not self.checked: self.check_rule() # before the first step; who predicts needs no rule
         self.train_right,self.train_targets = [],[]
         if self.curve and self.epoch <= self.curve[-1]['epoch']: self.curve,self.weights = [],None # a new fit
 
@@ -162,6 +160,16 @@ class TrackDomains(Answers):
     def selected(self): return select_epoch(self.curve, self.rule)
 
 # %% ../../nbs/foundations/21_tracking.ipynb #c4ec6a0b
+@patch
+def check_rule(self:TrackDomains):
+    "A `DglitError` if the data cannot answer the rule."
+    self.checked = True
+    (kind,domain),there = parse_rule(self.rule), getattr(self.dls, 'domains', ('valid',))
+    if kind == 'best' and domain.partition('[')[0] not in there:
+        raise DglitError(f"rule {self.rule!r}: these data have no {domain!r}, but {', '.join(there)}")
+    if kind == 'best' and '[' in domain: self.check_group(domain)
+
+# %% ../../nbs/foundations/21_tracking.ipynb #2ad7534d
 @patch
 def check_group(self:TrackDomains, domain): # of data that do not tell, after the first epoch
     name = domain.partition('[')[0]
