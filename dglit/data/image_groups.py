@@ -241,8 +241,8 @@ def image_groups(
 ) -> PhotoLoaders: # Batches (images [B,3,size,size] in [0,1], classes, groups)
     "Loaders of any folder of images and a CSV."
     for o in kwargs: choose(o, list(signature(image_groups).parameters), 'setting')
-    if group == label: raise DataError(f"group and label are one column, {label!r}: a group is what else there "
-                                       "is to see in an image")
+    if group == label:
+        raise DataError(f"group and label are one column, {label!r}: a group is what else an image shows")
     path = Path(folder).expanduser()/table
     if not path.is_file(): path = Path(table).expanduser()
     text = read_table(path)
