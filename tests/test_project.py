@@ -77,6 +77,8 @@ def test_notebook_reads_well(nb):
     assert re.fullmatch(r'# .+\n\n> .+', title), 'an H1 and a one-line answer, in a cell of their own: what else stands there is lost when nbdev renders'
     outputs = json.dumps([c.get('outputs', []) for c in cells(nb)])
     assert not re.search(r'Warning|Traceback|/home/|/root/|/tmp/|site-packages', outputs)
+    texts = ' '.join(str(o.get('text', '')) + str({k: v for k, v in o.get('data', {}).items() if k[:5] != 'image'}) for c in cells(nb) for o in c.get('outputs', []))
+    assert not (path := re.search(r'(?<![\w/:.<~…-])/[a-z_]+/[\w.-]+', texts)), f'a path of a machine: {path}'
     for c in cells(nb):
         s = ''.join(c['source'])
         if c['cell_type'] != 'code': continue
