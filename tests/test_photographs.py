@@ -84,7 +84,7 @@ def test_transparent_palette_and_one_pixel(tmp_path):
 def test_the_array_is_made_anew_when_anything_changes(tmp_path, cache):
     files = [tmp_path/f'{c}.png' for c in COLOURS]
     for f, c in zip(files, COLOURS.values()): paint(f, c)
-    x, _ = pack_images(files, 8)
+    x, *_ = pack_images(files, 8)
     assert (x[0, :, 0, 0] == torch.tensor(COLOURS['red'])).all() and (x[1, :, 0, 0] == torch.tensor(COLOURS['blue'])).all()
     assert (pack_images(files[::-1], 8)[0][0] == x[1]).all()
     paint(files[0], (1, 1, 1)); os.utime(files[0], ns=(1, 1))

@@ -73,7 +73,7 @@ def cache_folder(
     "The folder of the decoded images. It may be deleted at any time."
     return Path(path or os.getenv('DGLIT_CACHE') or '~/.cache/dglit').expanduser()
 
-LAYOUT = 1 # of the array, and of what is done to an image: counted on when either changes
+LAYOUT = 2 # of the array, and of what is done to an image: counted on when either changes
 
 def _stat(file):
     try: o = os.stat(file)
@@ -91,22 +91,24 @@ def fingerprint(
 
 # %% ../../nbs/photographs/01_images.ipynb #500165e6
 def _read_all(files, array, size, resize):
-    "Decode `files`, into the file `array` if one is named; what is wrong with which of them."
+    "Decode `files`, into the file `array` if one is named: a digest of each image's pixels, what is wrong with which."
     shape = len(files), size, size, 3
     images = np.lib.format.open_memmap(array, 'w+', np.uint8, shape) if array else {}
     def one(i):
         try: x = read_image(files[i], size, resize)
-        except DataError as e: return i,str(e)
+        except DataError as e: return None,str(e)
         if array: images[i] = x
-    with ThreadPoolExecutor() as pool: wrong = dict(filter(None, pool.map(one, range(len(files)))))
+        return hashlib.blake2b(np.ascontiguousarray(x), digest_size=16).hexdigest(),None
+    with ThreadPoolExecutor() as pool: digests,wrong = zip(*pool.map(one, range(len(files))))
     if array: images.flush()
-    return wrong
+    return dict(digests=digests, wrong={i: o for i,o in enumerate(wrong) if o})
 
 def _complain(wrong, n, rows):
     named = '\n'.join(f'  {rows[i]}: {o}' if rows is not None else f'  {o}' for i,o in [*wrong.items()][:5])
     more = f'\n  and {len(wrong)-5} more' if len(wrong) > 5 else ''
-    hint = "\nMend them, or leave them out with broken='skip'"
-    raise DataError(f"{len(wrong)} of {n} images cannot be read:\n{named}{more}{hint}")
+    hint = ("Mend them, or leave them out with broken='skip'" if len(wrong) < n else
+            'Are these the files, and is this the folder that their paths start from?')
+    raise DataError(f"{len(wrong)} of {n} images cannot be read:\n{named}{more}\n{hint}")
 
 # %% ../../nbs/photographs/01_images.ipynb #bb834ab0
 def pack_images(
@@ -117,7 +119,7 @@ def pack_images(
     broken:str='error', # An image that cannot be read is an 'error', or 'skip': its row is black and named
     rows=None, # What to call each file in an error, such as 'row 7'
     limit:float|None=None # GiB that the array may take; None: what is free on its disk
-) -> tuple: # (uint8 [N,3,size,size], mapped from disk, or `ImageFiles`; of those left out, index -> why)
+) -> tuple: # (uint8 [N,3,size,size], mapped from disk, or `ImageFiles`; of those left out, index -> why; digests)
     "Decode and resize images once; where the disk does not hold them, only see whether they can be."
     choose(broken, ['error','skip'], 'broken'); choose(resize, RESIZES, 'resize')
     if not isinstance(size, (int,np.integer)) or size < 1:
@@ -134,18 +136,19 @@ def pack_images(
         if need > room: place = home/f'checked-{name}'
         if not place.exists():
             part.mkdir()
-            wrong = _read_all(files, part/'images.npy' if need <= room else None, size, resize)
-            (part/'wrong.json').write_text(json.dumps(wrong))
+            read = _read_all(files, part/'images.npy' if need <= room else None, size, resize)
+            (part/'read.json').write_text(json.dumps(read))
             os.replace(part, place)
-    wrong = {int(k): o for k,o in json.loads((place/'wrong.json').read_text()).items()}
+    read = json.loads((place/'read.json').read_text())
+    digests,wrong = read['digests'],{int(k): o for k,o in read['wrong'].items()}
     if len(wrong) == len(files) or wrong and broken == 'error': _complain(wrong, len(files), rows)
     if need > room:
         print(f'{len(files):,} images of {size} pixels take {need/2**30:.2g} GiB, the cache has room for '
               f'{room/2**30:.2g}: they stay in their files and are read anew in every epoch, which is '
               'slower. A cache= on another disk or a smaller size= spares that')
-        return ImageFiles(files, size, resize),wrong
+        return ImageFiles(files, size, resize),wrong,digests
     images = np.load(place/'images.npy', mmap_mode='c') # 'c': the file is never written
-    return torch.from_numpy(images).permute(0, 3, 1, 2),wrong
+    return torch.from_numpy(images).permute(0, 3, 1, 2),wrong,digests
 
 # %% ../../nbs/photographs/01_images.ipynb #eddef789
 class ImageFiles:

@@ -66,7 +66,7 @@ def network_of(
     if not (weights/'description.json').is_file():
         raise DglitError(f'{weights} has no weights: train with --out, and keep them beside the record')
     classes = read_trained(weights)[0]['classes']
-    images,_ = pack_images(files, spec.data['size'], spec.data['resize'], cache, rows=rows)
+    images,*_ = pack_images(files, spec.data['size'], spec.data['resize'], cache, rows=rows)
     dl = photo_loader(images, torch.zeros(len(images), dtype=torch.long), bs=128, vocab=classes)
     dls = PhotoLoaders(dl, dl, {}, classes, size=spec.data['size'], resize=spec.data['resize'])
     if 'pretrained' in settings_of(spec.model.name, 'model'): spec = replace(spec, pretrained=False)
