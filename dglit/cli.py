@@ -7,9 +7,9 @@ Docs: https://dglit.github.io/dglit/foundations/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'DATA', 'MODEL', 'METHOD', 'SET', 'SEED', 'RULE', 'BY', 'FOR_ALL', 'RECORD', 'SEARCHED', 'REPORTED', 'LISTED',
            'FOLDER', 'OUT', 'JOBS', 'BACKEND', 'ADDRESS', 'FEW_STEPS', 'NEEDS', 'tell', 'value_of', 'settings_given',
-           'spec_given', 'demo', 'in_words', 'tell_data', 'progress', 'train', 'evaluate', 'on_new_images', 'tell_run',
-           'reproduce', 'print_report', 'space_given', 'search_of', 'compare', 'search', 'report', 'first_line',
-           'in_lines', 'of_part', 'of_table', 'list_', 'main']
+           'spec_given', 'demo', 'in_words', 'by_group', 'tell_data', 'progress', 'train', 'evaluate', 'on_new_images',
+           'tell_run', 'reproduce', 'print_report', 'space_given', 'search_of', 'compare', 'search', 'report',
+           'first_line', 'in_lines', 'of_part', 'of_table', 'list_', 'main']
 
 # %% ../nbs/foundations/40_cli.ipynb #486d36ef
 import os, sys, warnings
@@ -108,8 +108,19 @@ def demo(
 
 # %% ../nbs/foundations/40_cli.ipynb #aee00615
 def in_words(figures):
-    "Names and figures on one line."
+    "Names and figures on one line, of the groups the worst alone."
+    figures = {k: v for k,v in figures.items() if '[' not in k or k.endswith('[worst]')}
     return '  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k,v in figures.items())
+
+# %% ../nbs/foundations/40_cli.ipynb #7d1c0a21
+def by_group(figures):
+    "A row for each group, a column for each part that has groups."
+    import pandas as pd
+    parts = {}
+    for k,v in figures.items():
+        part,_,group = k.removesuffix(']').partition('[')
+        if group: parts.setdefault(part, {})[group] = v
+    return pd.DataFrame(parts).round(1)
 
 # %% ../nbs/foundations/40_cli.ipynb #6dede16c
 FEW_STEPS = 100
@@ -153,7 +164,8 @@ def train(
     if r.status == 'diverged':
         tell('diverged: the loss is no longer a number. Try a smaller lr'); sys.exit(1)
     epoch = r.measured[select_epoch(r.measured, rule)]['epoch']
-    tell(f'\n{rule} picks epoch {epoch}: {in_words(r.at(rule))}')
+    tell(f'\n{rule} picks epoch {epoch}: {in_words(kept := r.at(rule))}')
+    if any('[' in o for o in kept): tell(by_group(kept).to_string())
     if folder:
         tell(f'Weights: {save_trained(learn, (folder/record_name(spec)).with_suffix(""))/"weights.pt"}')
 

@@ -49,7 +49,7 @@ def choose(
 ):
     "`options[name]`, or `name` if `options` is no dict; for an unknown name an error with the nearest ones."
     if name in options: return options[name] if isinstance(options, dict) else name
-    near = difflib.get_close_matches(str(name), list(options), n=3, cutoff=0.4)
+    near = difflib.get_close_matches(str(name), list(options), n=3)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ''
     raise DglitError(f"unknown {kind} {repr(name)[:80]}: {hint}There are: {', '.join(map(str, options))}")
 

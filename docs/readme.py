@@ -11,7 +11,7 @@ def readme():
     for cell in json.loads((ROOT/'nbs/index.ipynb').read_text(encoding='utf-8'))['cells']:
         source = ''.join(cell['source'])
         if cell['cell_type'] == 'markdown':
-            parts.append(re.sub(r'\]\(([\w./]+\.ipynb)\)', r'](nbs/\1)', source))
+            parts.append(re.sub(r'\]\(([\w./]+\.ipynb)', r'](nbs/\1', source))
             continue
         options = [line[2:].strip() for line in source.splitlines() if line.startswith('#|')]
         if 'hide' in options: continue
