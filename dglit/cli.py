@@ -7,9 +7,9 @@ Docs: https://dglit.github.io/dglit/foundations/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'DATA', 'MODEL', 'METHOD', 'SET', 'SEED', 'RULE', 'BY', 'FOR_ALL', 'RECORD', 'SEARCHED', 'REPORTED', 'LISTED',
            'FOLDER', 'OUT', 'JOBS', 'BACKEND', 'ADDRESS', 'FEW_STEPS', 'NEEDS', 'tell', 'value_of', 'settings_given',
-           'spec_given', 'demo', 'in_words', 'by_group', 'tell_data', 'progress', 'train', 'evaluate', 'on_new_images',
-           'tell_run', 'reproduce', 'print_report', 'space_given', 'search_of', 'compare', 'search', 'report',
-           'first_line', 'in_lines', 'of_part', 'of_table', 'list_', 'main']
+           'spec_given', 'demo', 'by_group', 'tell_data', 'progress', 'train', 'evaluate', 'on_new_images', 'tell_run',
+           'reproduce', 'print_report', 'space_given', 'search_of', 'compare', 'search', 'report', 'first_line',
+           'in_lines', 'of_part', 'of_table', 'list_', 'main']
 
 # %% ../nbs/foundations/40_cli.ipynb #486d36ef
 import os, sys, warnings
@@ -106,12 +106,6 @@ def demo(
     tell(f'\nAccuracy in percent, mean ± standard deviation over {seeds} seeds:\n\n{table}\n')
     tell(f'Settings are the demo\'s, not the paper\'s. Figure: {out}/demo.png   Records: {out}/demo.jsonl')
 
-# %% ../nbs/foundations/40_cli.ipynb #aee00615
-def in_words(figures):
-    "Names and figures on one line, of the groups the worst alone."
-    figures = {k: v for k,v in figures.items() if '[' not in k or k.endswith('[worst]')}
-    return '  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k,v in figures.items())
-
 # %% ../nbs/foundations/40_cli.ipynb #7d1c0a21
 def by_group(figures):
     "A row for each group, a column for each part that has groups."
@@ -150,6 +144,7 @@ def train(
     rule: RULE = 'best:valid', out: FOLDER = ''):
     "One training, described as the tables describe theirs."
     from dglit.core import write_whole
+    from dglit.experiments.record import in_words
     from dglit.experiments.run import fit, learner_of
     from dglit.experiments.sweep import record_name, writable
     from dglit.learner import parse_rule, save_trained, select_epoch
@@ -205,6 +200,7 @@ def on_new_images(record, images, out, **columns):
 # %% ../nbs/foundations/40_cli.ipynb #e40f9d32
 def tell_run(r, done, total):
     "A run that has ended, on a line."
+    from dglit.experiments.record import in_words
     from dglit.experiments.sweep import label
     tell(f"{done} of {total}: {label(r.spec)}: {in_words(r.at('last')) or r.status}  ({r.seconds:.0f} s)",
           flush=True)

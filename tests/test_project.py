@@ -129,7 +129,7 @@ def test_readme_is_current():
     text, pictures = readme()
     assert (ROOT/'README.md').read_text(encoding='utf-8') == text, 'run python docs/readme.py'
     for path, data in pictures.items(): assert (ROOT/path).read_bytes() == data
-    for link in re.findall(r'\]\(([^)#:]+)', text): assert (ROOT/link).exists(), link
+    for link in re.findall(r'\]\(([^)#:]+)[)#]', text): assert (ROOT/link).exists(), link
 
 
 def test_readme_commands_are_what_ci_runs():

@@ -91,7 +91,7 @@ def fingerprint(
 
 # %% ../../nbs/photographs/01_images.ipynb #500165e6
 def _read_all(files, array, size, resize):
-    "Decode `files`, into the file `array` if one is named: a digest of each image's pixels, what is wrong with which."
+    "Decode `files`, into the file `array` if one is named; a digest of each, what is wrong with which."
     shape = len(files), size, size, 3
     images = np.lib.format.open_memmap(array, 'w+', np.uint8, shape) if array else {}
     def one(i):
@@ -119,7 +119,7 @@ def pack_images(
     broken:str='error', # An image that cannot be read is an 'error', or 'skip': its row is black and named
     rows=None, # What to call each file in an error, such as 'row 7'
     limit:float|None=None # GiB that the array may take; None: what is free on its disk
-) -> tuple: # (uint8 [N,3,size,size], mapped from disk, or `ImageFiles`; of those left out, index -> why; digests)
+) -> tuple: # (uint8 [N,3,size,size], mapped from disk, or `ImageFiles`; of what is left out, why; digests)
     "Decode and resize images once; where the disk does not hold them, only see whether they can be."
     choose(broken, ['error','skip'], 'broken'); choose(resize, RESIZES, 'resize')
     if not isinstance(size, (int,np.integer)) or size < 1:

@@ -23,7 +23,7 @@ from rich.progress import (BarColumn, MofNCompleteColumn, Progress, ProgressColu
                            TimeElapsedColumn)
 
 from ..core import DglitError, choose, read_text, reason, room, shown, write_whole
-from .record import Run, read_runs
+from .record import Run, in_words, read_runs
 from ..data.mnist import digits_of
 from .registry import settings_of
 from .run import failed, run_or_record
@@ -349,8 +349,7 @@ def sweep_with_progress(
         task = bar.add_task('runs', total=len(specs), completed=len(specs) - len(left), ends=ends())
         say = lambda s: bar.console.print(s, highlight=False, soft_wrap=True, markup=False)
         def finished(r, done, total):
-            figures = '  '.join(f'{k} {v:.1f}' for k,v in r.at('last').items()) or r.status
-            say(f'{label(r.spec)}: {figures}  ({r.seconds:.0f} s)')
+            say(f"{label(r.spec)}: {in_words(r.at('last')) or r.status}  ({r.seconds:.0f} s)")
             runs.append(r); left.pop(record_name(r.spec), None)
             bar.update(task, completed=done, ends=ends())
         return sweep(specs, folder, jobs, finished, say, **kwargs)
