@@ -14,7 +14,6 @@ from contextlib import suppress
 from importlib.metadata import version
 
 import torch
-from fastai.callback.core import Callback
 from fastai.learner import Learner
 from rich.console import Console
 from rich.progress import Progress
@@ -25,6 +24,7 @@ from .record import Run
 from .registry import LOSSES, SCHEDULES
 from .spec import Spec
 from ..learner import BFloat16, StopAtNaN, domain_learner, true_float32
+from ..methods.hooks import EventCallback
 
 # %% ../../nbs/foundations/30_run.ipynb #637e3336
 def precision_on(
@@ -93,7 +93,7 @@ def versions() -> dict:
                 **{o: version(o) for o in ('torch','fastai')})
 
 # %% ../../nbs/foundations/30_run.ipynb #aff6cce9
-class EachEpoch(Callback):
+class EachEpoch(EventCallback):
     "Calls `f(measurement)` after each epoch that is measured."
     order = 62 # after TrackDomains
     def __init__(self, f): self.f = f

@@ -11,14 +11,14 @@ __all__ = ['WeightAverage', 'swad_window', 'fisher_diagonal', 'fisher_merge']
 from copy import deepcopy
 
 import torch
-from fastai.callback.core import Callback
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from ..core import DglitError
+from ..methods.hooks import EventCallback
 
 # %% ../../nbs/family/16_averaging.ipynb #58132ad6
-class WeightAverage(Callback):
+class WeightAverage(EventCallback):
     "The model has the mean of its weights over the steps, when it is not training."
     order = 8
     def __init__(self,

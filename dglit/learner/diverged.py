@@ -8,10 +8,12 @@ Docs: https://dglit.github.io/dglit/foundations/diverged.html.md"""
 __all__ = ['StopAtNaN']
 
 # %% ../../nbs/foundations/26_diverged.ipynb #78802cd0
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import CancelFitException
+
+from ..methods.hooks import EventCallback
 
 # %% ../../nbs/foundations/26_diverged.ipynb #e3fe6301
-class StopAtNaN(Callback):
+class StopAtNaN(EventCallback):
     "Ends training after an epoch in which a loss was infinite or no number."
     order = -9 # before what would measure the epoch
     def before_train(self): self.finite = True

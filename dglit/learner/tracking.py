@@ -11,7 +11,7 @@ __all__ = ['is_right', 'any_odd', 'accuracy', 'Answers', 'by_group', 'percent', 
 from copy import deepcopy
 
 import torch
-from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.core import CancelValidException
 from fastai.data.transforms import CategoryMap
 from fastai.learner import Learner
 from fastcore.basics import noop, patch
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..core import DglitError, whole_numbers
 from .selection import parse_rule, select_epoch
 from ..methods.core import TakeDomain
+from ..methods.hooks import EventCallback
 from ..methods.nets import bring_memory
 
 # %% ../../nbs/foundations/21_tracking.ipynb #6ad71845
@@ -55,7 +56,7 @@ def accuracy(
     return is_right(logits, targets).float().mean()
 
 # %% ../../nbs/foundations/21_tracking.ipynb #e61a9c8a
-class Answers(Callback):
+class Answers(EventCallback):
     "Keeps which answers are right on a loader, and the domain of each example."
     order = 61 # after the Recorder (50)
     def before_validate(self): self.right,self.targets,self.domains = [],[],[]

@@ -9,7 +9,6 @@ __all__ = ['TakeDomain', 'known_domains', 'DomainMethod']
 
 # %% ../../nbs/foundations/14_domain_methods.ipynb #f2b7c393
 import torch
-from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.layers import NoneReduce
 from fastcore.basics import patch
@@ -17,10 +16,11 @@ from torch import Tensor
 
 from ..core import DglitError
 from ..losses.domains import domain_ids, domain_means
+from .hooks import EventCallback
 from .terms import Method
 
 # %% ../../nbs/foundations/14_domain_methods.ipynb #0e84636b
-class TakeDomain(Callback):
+class TakeDomain(EventCallback):
     "Of batches (x, y, domain) the domain becomes `learn.domain` [N], and y alone is the target."
     order = -5 # before all that look at the targets
     def after_create(self): self.learn.domain = None
