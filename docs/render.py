@@ -22,9 +22,16 @@ SETTINGS = dict(
     myst_enable_extensions=['dollarmath', 'attrs_inline', 'deflist'], myst_heading_anchors=4,
     html_theme='furo', html_title=WEBSITE['title'], html_favicon=str(STATIC/'favicon.svg'),
     html_static_path=[str(STATIC)], html_css_files=['site.css'], html_js_files=['search.js'],
-    html_copy_source=False, html_show_sourcelink=False, html_show_copyright=False,
+    html_use_index=False, html_copy_source=False, html_show_sourcelink=False, html_show_copyright=False,
     html_theme_options=dict(source_repository='https://github.com/dglit/dglit', dark_css_variables=DARK))
 WIDE = 620  # a picture of more pixels is not made smaller than is legible on a telephone, but scrolls
+
+
+@functools.cache
+def settings():
+    "The names of all settings, some of which are functions' names too."
+    from dglit.experiments.registry import REGISTRIES, settings_of
+    return {'group_names'}.union(*(settings_of(o, kind) for kind, of in REGISTRIES.items() for o in of))
 
 
 def page(notebook):
@@ -34,7 +41,8 @@ def page(notebook):
 
 
 def relink(text, folder):
-    "Links between notebooks and to symbols as links between staged pages, from a page in `folder`."
+    "Links between notebooks and to symbols as links between staged pages, from a page in `folder`; a setting's name is no symbol."
+    text = re.sub(rf'\[`(\w+)`\]\({SITE}[^)]*\)', lambda m: f'`{m[1]}`' if m[1] in settings() else m[0], text)
     text = re.sub(r'\]\(([\w./]+\.ipynb)', lambda m: f']({page(m[1])}.ipynb', text)
     return re.sub(rf'\]\({SITE}([\w./]+)\.html(#[\w.]+)?', lambda m: ']({}.ipynb{}'.format(
         os.path.relpath(m[1], folder), (m[2] or '').replace('.', '')), text)  # a heading's dots are not in its anchor
@@ -84,8 +92,8 @@ def staged(cell, folder):
 
 
 def ordered(cells):
-    "The cells with ids, and with no heading more than one level below the one before it."
-    level = 1
+    "The cells with ids, and with no heading more than one level below the one it stands under."
+    above = []
     for i, cell in enumerate(cells):
         cell['id'] = f'cell-{i}'
         if cell['cell_type'] != 'markdown': continue
@@ -93,8 +101,8 @@ def ordered(cells):
         for j, line in enumerate(lines):
             if line.startswith('```'): fenced = not fenced
             if fenced or not (found := re.match(r'(#+) ', line)): continue
-            level = min(len(found[1]), level + 1)
-            lines[j] = '#'*level + line[len(found[1]):]
+            above = [o for o in above if o < len(found[1])] + [len(found[1])]
+            lines[j] = '#'*len(above) + line[len(found[1]):]
         cell['source'] = '\n'.join(lines)
     return cells
 
