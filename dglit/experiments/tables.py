@@ -189,8 +189,8 @@ def plot_table(
     ax.errorbar(s['mean'], s.index+.25, xerr=s['std'].fillna(0), fmt='D', color=COLORS['ours'],
                 label='ours')
     ax.set(yticks=s.index+.12, yticklabels=[f'{l}  (n={n})' for l,n in zip(s.label, s.n)], xlim=(0,100),
-           xlabel='test accuracy, %')
-    ax.invert_yaxis(); ax.grid(axis='x', alpha=.3); ax.legend(loc='upper right')
+           ylim=(len(s)-.4, -.6), xlabel='test accuracy, %')
+    ax.grid(axis='x', alpha=.3); ax.legend(loc='upper right')
     return ax
 
 # %% ../../nbs/foundations/31_tables.ipynb #0444b8ba
