@@ -83,7 +83,8 @@ def staged(cell, folder, module):
     source = re.sub(r'(?m)^#\|.*\n?', '', source).strip()
     if source.startswith('show_doc('):
         markdown = ''.join(cell['outputs'][0]['data']['text/markdown'])
-        return dict(cell_type='markdown', metadata={}, source=relink(heading(markdown, module), folder))
+        symbol = re.match(r'show_doc\((?:\w+\.)*(\w+)', source)[1]
+        return dict(cell_type='markdown', metadata=dict(symbol=symbol), source=relink(heading(markdown, module), folder))
     shown = dict(cell, source=source, execution_count=None, metadata={})
     for o in shown['outputs']:
         data = o.get('data', {})
@@ -93,6 +94,19 @@ def staged(cell, folder, module):
         shown['metadata']['tags'] = ['remove-input']
     picture(shown, options)
     return shown
+
+
+def at_home(cells):
+    "Each symbol's heading right above the code that defines it, where nbdev has it above constants and helpers as well."
+    out = []
+    for cell in reversed(cells):
+        at = 0
+        if symbol := cell['metadata'].pop('symbol', None):
+            below = next((i for i, o in enumerate(out) if o['cell_type'] != 'code'), len(out))
+            defines = re.compile(rf'(?m)^(def|class) {symbol}\b|^{symbol}\b.*=')
+            at = next((i for i, o in enumerate(out[:below]) if defines.search(o['source'])), 0)
+        out.insert(at, cell)
+    return out
 
 
 def ordered(cells):
@@ -124,7 +138,7 @@ def stage(path, name, out):
     title = dict(cell_type='markdown', metadata={}, source=text)
     found = re.search(r'#\| default_exp ([\w.]+)', (ROOT/'nbs'/name).read_text(encoding='utf-8'))
     module = f"dglit/{found[1].replace('.', '/')}.py" if found else ''
-    cells = [o for c in cells if (o := staged(c, folder, module))]
+    cells = at_home([o for c in cells if (o := staged(c, folder, module))])
     written = [o for o in cells if o['cell_type'] == 'markdown']
     if not name.startswith('guides/9'):  # the glossary and the references
         link = os.path.relpath('guides/glossary.ipynb', folder) + '#abbreviations'

@@ -39,7 +39,7 @@ class Decoder(nn.Module):
 
 # %% ../../nbs/rivals/07_reconstruction.ipynb #4654dfa1
 class Reconstruction(SideNet):
-    "Draw the image again from its features (after Ghifary et al., 2016; Duboudin et al., §5.1)."
+    "Draws the image again from its features (after Ghifary et al., 2016; Duboudin et al., §5.1)."
     whole = ('x',)
     def __init__(self,
         weight:float=1., # Weight of the mean squared error: a number, or a fastai schedule
