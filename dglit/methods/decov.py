@@ -1,4 +1,4 @@
-"""Dropout cannot be defeated by filters that always fire together.
+"""Dropout cannot be defeated by filters that always fire together if there are none.
 
 Docs: https://dglit.github.io/dglit/rivals/decov.html.md"""
 
