@@ -185,7 +185,7 @@ def evaluate(
     runs = read_runs(record)
     if len(runs) != 1: raise DglitError(f"{record} holds {len(runs)} records: give the file of one")
     learn = load_trained(learner_of(runs[0].spec), Path(record).with_suffix(''))
-    tell(evaluate(learn).to_string())
+    tell(evaluate(learn).round(1).to_string())
 
 # %% ../nbs/foundations/40_cli.ipynb #171851c2
 def on_new_images(record, images, out, **columns):
@@ -248,7 +248,9 @@ def print_report(table, runs, out, given=None):
         if not (s.n > 0).any(): tell(f'\n{table.title}: no run has ended'); continue
         changed = ''.join(f', {k} = {v}' for k,v in changes.items())
         tell(f'\n{table.title}{changed}, accuracy in percent; published: {table.source}.\n')
-        tell(as_text(s[s.n > 0]).to_string())
+        shown = as_text(s[s.n > 0])
+        right = ('left', *['right']*len(shown.columns))
+        tell(shown.to_markdown(tablefmt='simple', disable_numparse=True, colalign=right))
         tell(f'\nAlso in {out}: {report_name(table, **changes)}.md, .csv, .png')
 
 # %% ../nbs/foundations/40_cli.ipynb #7897a0dc
@@ -317,10 +319,10 @@ def search(
     if not name and not space:
         raise DglitError(f"nothing to search: give --space lr=1e-4..1e-2, or a name: {', '.join(SEARCHES)}")
     options = options_of((spec.data, spec.model, *spec.methods))
-    s = choose(name, SEARCHES, 'search') if name else Search(spec, space_given(space, options), draws, rule,
-                                                             by)
+    if name: s = choose(name, SEARCHES, 'search')
+    else: s = Search(spec, space_given(space, options), draws, rule, by)
     runs = sweep_with_progress(s.specs(), out, jobs, backend=backend, address=address)
-    tell(s.table(runs).to_string(index=False))
+    tell(s.table(runs).to_string(index=False, float_format='{:.3g}'.format))
     tell(f'\nby {s.by} at {s.rule}: {s.pick(runs)}')
 
 # %% ../nbs/foundations/40_cli.ipynb #d63a8fe5
@@ -350,8 +352,8 @@ def report(
 
 # %% ../nbs/foundations/40_cli.ipynb #76cdb9c6
 def first_line(part):
-    return (part.__doc__
-            or '').strip().split('\n')[0] if part else 'Plain training: empirical risk minimization.'
+    if part is None: return 'Plain training: empirical risk minimization.'
+    return (part.__doc__ or '').strip().split('\n')[0].replace('`', '')
 
 # %% ../nbs/foundations/40_cli.ipynb #bfb23415
 def in_lines(d): return '\n'.join(f'  {k:{max(map(len, d), default=0)}}  {v}' for k,v in d.items())
@@ -367,9 +369,10 @@ def of_part(name, kind):
 # %% ../nbs/foundations/40_cli.ipynb #a76163b4
 def of_table(table):
     "The rows of a table and what is published of them."
+    from dglit.experiments.tables import plus_minus
     def published(r):
-        return ', '.join(f'{k} {o.mean} ± {o.std}' if o.std == o.std else f'{k} {o.mean}'
-                         for k,o in r.published.items() if o.mean == o.mean)
+        there = {k: o for k,o in r.published.items() if o.mean == o.mean}
+        return ', '.join(f'{k} {plus_minus(o.mean, o.std)}' for k,o in there.items())
     return in_lines({r.name: f'{r.label}: published {published(r) or "nothing"}' for r in table.rows})
 
 # %% ../nbs/foundations/40_cli.ipynb #a42d71cb
@@ -392,7 +395,8 @@ def list_(name: LISTED = ''):
     if name: choose(name, [*TABLES, *kinds, 'recipe'], 'table or part')
     if name in TABLES: return tell(of_table(TABLES[name]))
     if name: return tell(recipe if name == 'recipe' else of_part(name, kinds[name]))
-    tell('tables\n' + in_lines({k: f'{t.title} ({t.source}): {len(t.rows)} rows' for k,t in TABLES.items()}))
+    tell('tables\n' + in_lines({k: f'{t.title} (published: {t.source}): {len(t.rows)} rows'
+                                for k,t in TABLES.items()}))
     tell('searches\n'
           + in_lines({k: f'{len(s.specs())} of {s.spec.data} with '
                       + ('+'.join(o.name for o in s.spec.methods) or 'erm') for k,s in SEARCHES.items()}))

@@ -48,14 +48,6 @@ def uphill(
         yield
     finally: put_back(kept)
 
-# %% ../../nbs/family/01_sam.ipynb #aefe857f
-def _random_states(device):
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == 'cuda' else None
-
-def _set_random_states(states, device):
-    torch.set_rng_state(states[0])
-    if device.type == 'cuda': torch.cuda.set_rng_state(states[1], device)
-
 # %% ../../nbs/family/01_sam.ipynb #791c79d5
 class SAM(Hooked):
     "Sharpness-aware minimization (Foret et al., 2021, Eq. 2 and 3): the gradient comes from uphill."
@@ -115,3 +107,11 @@ def as_before(self:SAM):
         self.learn.pred,self.learn.loss,self.learn.loss_grad = first
         _set_random_states(after, device)
         put_back(counted)
+
+# %% ../../nbs/family/01_sam.ipynb #aefe857f
+def _random_states(device):
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == 'cuda' else None
+
+def _set_random_states(states, device):
+    torch.set_rng_state(states[0])
+    if device.type == 'cuda': torch.cuda.set_rng_state(states[1], device)

@@ -1,4 +1,4 @@
-"""Two convolutions find features, three linear layers decide.
+"""Convolutions find features, linear layers decide.
 
 Docs: https://dglit.github.io/dglit/foundations/convnet.html.md"""
 

@@ -1,4 +1,4 @@
-"""Colored MNIST by IRM's recipe, by search, and with few digits: the family's tables as data.
+"""The family's six tables as data: Colored MNIST by IRM's recipe, by search, with few digits, and its relatives.
 
 Docs: https://dglit.github.io/dglit/family/rows.html.md"""
 
