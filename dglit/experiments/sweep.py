@@ -321,6 +321,15 @@ def seconds_left(
     each,of_all = {k: mean(o) for k,o in times.items()},mean(sum(times.values(), []))
     return sum(each.get(names(s), of_all)*s.recipe.epochs for s in specs)/min(jobs, len(specs))
 
+# %% ../../nbs/foundations/32_sweep.ipynb #67f388f5
+class _Left(ProgressColumn):
+    "The time left, counting down from the last estimate."
+    def render(self, task):
+        ends = task.fields.get('ends')
+        if ends is None: return '? left'
+        left = max(0, int(ends - time.time()))
+        return f'{left//3600}:{left//60%60:02}:{left%60:02} left'
+
 # %% ../../nbs/foundations/32_sweep.ipynb #3ce1773d
 def sweep_with_progress(
     specs:list, # What to run
@@ -344,12 +353,3 @@ def sweep_with_progress(
             runs.append(r); left.pop(record_name(r.spec), None)
             bar.update(task, completed=done, ends=ends())
         return sweep(specs, folder, jobs, finished, say, **kwargs)
-
-# %% ../../nbs/foundations/32_sweep.ipynb #67f388f5
-class _Left(ProgressColumn):
-    "The time left, counting down from the last estimate."
-    def render(self, task):
-        ends = task.fields.get('ends')
-        if ends is None: return '? left'
-        left = max(0, int(ends - time.time()))
-        return f'{left//3600}:{left//60%60:02}:{left%60:02} left'
