@@ -47,7 +47,7 @@ def symbols():
     return found
 
 
-CHAPTERS = dict(rcl='RCL', rivals='its rivals', irm='IRM', cim='CIM', foundations='foundations',
+CHAPTERS = dict(rcl='RCL', rivals="RCL's rivals", irm='IRM', cim='CIM', foundations='foundations',
                 family='the family of IRM', photographs='photographs')
 
 

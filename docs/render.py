@@ -48,11 +48,15 @@ def relink(text, folder):
         os.path.relpath(m[1], folder), (m[2] or '').replace('.', '')), text)  # a heading's dots are not in its anchor
 
 
-def heading(markdown):
+def heading(markdown, module):
     "Of what `show_doc` printed, the heading and the link to the source: signature and docstring stand in the code below it."
+    from nbdev.doclinks import _get_exps
     parts = markdown.split('\n\n')
     head = next(o for o in parts if o.startswith('#'))
     link = next((o for o in parts if o.startswith('[source]')), '')  # none where a decorator hides it
+    if line := _get_exps(module).get(head.lstrip('# ')):  # nbdev goes by the name alone, which another module may have too
+        link = re.sub(r'/main/.*#L\w+', f'/main/{module}#L{line}', link)
+    head = head.replace('__', r'\_\_')
     return f"{head}\n\n{re.sub(r'{.*}', '{.source}', link)}"
 
 
@@ -70,8 +74,8 @@ def picture(shown, options):
     shown['metadata']['mystnb'] = about
 
 
-def staged(cell, folder):
-    "A cell of a page in `folder` as myst-nb reads it; None for one that shows nothing."
+def staged(cell, folder, module):
+    "A cell of the page of `module` in `folder` as myst-nb reads it; None for one that shows nothing."
     source = ''.join(cell['source'])
     if cell['cell_type'] != 'code':
         return dict(cell, source=relink(source, folder)) if not source.startswith('<!--') else None
@@ -79,7 +83,8 @@ def staged(cell, folder):
     source = re.sub(r'(?m)^#\|.*\n?', '', source).strip()
     if source.startswith('show_doc('):
         markdown = ''.join(cell['outputs'][0]['data']['text/markdown'])
-        return dict(cell_type='markdown', metadata={}, source=relink(heading(markdown), folder))
+        symbol = re.match(r'show_doc\((?:\w+\.)*(\w+)', source)[1]
+        return dict(cell_type='markdown', metadata=dict(symbol=symbol), source=relink(heading(markdown, module), folder))
     shown = dict(cell, source=source, execution_count=None, metadata={})
     for o in shown['outputs']:
         data = o.get('data', {})
@@ -89,6 +94,19 @@ def staged(cell, folder):
         shown['metadata']['tags'] = ['remove-input']
     picture(shown, options)
     return shown
+
+
+def at_home(cells):
+    "Each symbol's heading right above the code that defines it, where nbdev has it above constants and helpers as well."
+    out = []
+    for cell in reversed(cells):
+        at = 0
+        if symbol := cell['metadata'].pop('symbol', None):
+            below = next((i for i, o in enumerate(out) if o['cell_type'] != 'code'), len(out))
+            defines = re.compile(rf'(?m)^(def|class) {symbol}\b|^{symbol}\b.*=')
+            at = next((i for i, o in enumerate(out[:below]) if defines.search(o['source'])), 0)
+        out.insert(at, cell)
+    return out
 
 
 def ordered(cells):
@@ -118,7 +136,9 @@ def stage(path, name, out):
            f'or see it [on GitHub](https://github.com/dglit/dglit/blob/main/nbs/{name}).')
     text = f"# {about['title']}\n\n> {about['description']}\n\n{run}"
     title = dict(cell_type='markdown', metadata={}, source=text)
-    cells = [o for c in cells if (o := staged(c, folder))]
+    found = re.search(r'#\| default_exp ([\w.]+)', (ROOT/'nbs'/name).read_text(encoding='utf-8'))
+    module = f"dglit/{found[1].replace('.', '/')}.py" if found else ''
+    cells = at_home([o for c in cells if (o := staged(c, folder, module))])
     written = [o for o in cells if o['cell_type'] == 'markdown']
     if not name.startswith('guides/9'):  # the glossary and the references
         link = os.path.relpath('guides/glossary.ipynb', folder) + '#abbreviations'

@@ -1,4 +1,4 @@
-"""How Waterbirds was made: objects on two kinds of place, any correlation, no background in two parts.
+"""How Waterbirds was made: objects on two kinds of place, any correlation, each background in one split alone.
 
 Docs: https://dglit.github.io/dglit/photographs/compose.html.md"""
 

@@ -103,6 +103,10 @@ def _read_all(files, array, size, resize):
     if array: images.flush()
     return dict(digests=digests, wrong={i: o for i,o in enumerate(wrong) if o})
 
+def _bytes(n):
+    k = min((len(f'{n:.0f}')-1)//3, 3)
+    return f"{n/1024**k:.3g} {('bytes','KiB','MiB','GiB')[k]}"
+
 def _complain(wrong, n, rows):
     named = '\n'.join(f'  {rows[i]}: {o}' if rows is not None else f'  {o}' for i,o in [*wrong.items()][:5])
     more = f'\n  and {len(wrong)-5} more' if len(wrong) > 5 else ''
@@ -143,8 +147,8 @@ def pack_images(
     digests,wrong = read['digests'],{int(k): o for k,o in read['wrong'].items()}
     if len(wrong) == len(files) or wrong and broken == 'error': _complain(wrong, len(files), rows)
     if need > room:
-        print(f'{len(files):,} images of {size} pixels take {need/2**30:.2g} GiB, the cache has room for '
-              f'{room/2**30:.2g}: they stay in their files and are read anew in every epoch, which is '
+        print(f'{len(files):,} images of {size} pixels take {_bytes(need)}, the cache has room for '
+              f'{_bytes(room)}: they stay in their files and are read anew in every epoch, which is '
               'slower. A cache= on another disk or a smaller size= spares that')
         return ImageFiles(files, size, resize),wrong,digests
     images = np.load(place/'images.npy', mmap_mode='c') # 'c': the file is never written

@@ -121,6 +121,7 @@ def one_batch(self:TensorLoader):
     idxs = self.new().get_idxs() if self.balanced and self.shuffle else torch.arange(len(self.dataset))
     return self.create_batch(idxs[:self.bs].to(self.device))
 
+# %% ../../nbs/foundations/02_loaders.ipynb #load0iter
 @patch
 def __iter__(self:TensorLoader):
     several = self.bs < len(self.dataset) or self.balanced and self.shuffle

@@ -44,7 +44,7 @@ class Digits:
 
     def __repr__(self):
         size = '{}x{}'.format(*self.x_train.shape[1:])
-        return f'{self.name}: {len(self.x_train)} training and {len(self.x_test)} test digits of {size}'
+        return f'{self.name}: {len(self.x_train):,} training and {len(self.x_test):,} test digits of {size}'
 
 # %% ../../nbs/foundations/01_mnist.ipynb #91a81d8f
 def _wrong(path, given, needed):

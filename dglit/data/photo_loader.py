@@ -15,6 +15,7 @@ from fastai.data.transforms import Category, CategoryMap
 from fastai.torch_core import TensorCategory, TensorImage
 from fastcore.basics import chunked, defaults, patch
 from fastcore.foundation import L
+from matplotlib import rcParams
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -155,6 +156,12 @@ class _Rows:
 @patch(as_prop=True)
 def items(self:PhotoLoader): return _Rows(self.dataset)
 
+# %% ../../nbs/photographs/02_photo_loader.ipynb #phcls001
+class _Class(Category):
+    "The name of a class, to stand over an image by day and by night; fastai asks for red if it is wrong."
+    def show(self, ctx=None, color=None, **kwargs):
+        return super().show(ctx, color='#e00' if color == 'red' else rcParams['text.color'], **kwargs)
+
 # %% ../../nbs/photographs/02_photo_loader.ipynb #e273a36d
 @patch
 def decode(self:PhotoLoader, b):
@@ -167,9 +174,16 @@ def decode(self:PhotoLoader, b):
 def _decode_batch(self:PhotoLoader, b, max_n=9, full=True):
     import fastai.vision.learner # how images and classes are shown
     if len(b) == 1 or not self.vocab: return L((x,) for x in b[0][:max_n])
-    return L((x, Category(self.vocab[int(y)])) for x,y in zip(b[0][:max_n], b[1]))
+    return L((x, _Class(self.vocab[int(y)])) for x,y in zip(b[0][:max_n], b[1]))
 
-PhotoLoader.show_batch = TfmdDL.show_batch
+# %% ../../nbs/photographs/02_photo_loader.ipynb #phshow02
+@patch
+def show_batch(self:PhotoLoader, b=None, max_n=9, **kwargs):
+    "Show `max_n` images with their classes, of a batch or as an epoch begins."
+    if b is None:
+        dl = self.new()
+        b = dl.create_batch(dl.get_idxs()[:max_n].to(dl.device))
+    return TfmdDL.show_batch(self, b, max_n, **kwargs)
 
 # %% ../../nbs/photographs/02_photo_loader.ipynb #fc253280
 class PhotoLoaders(DomainLoaders):

@@ -1,4 +1,4 @@
-"""Birds of water stand before water in 95 of 100 training photographs, and before land as often in the test.
+"""Birds of water stand before water in 95 of 100 training photographs, and in the test as often before land.
 
 Docs: https://dglit.github.io/dglit/photographs/waterbirds.html.md"""
 
@@ -28,8 +28,9 @@ def differences(
     "What a table has otherwise than was published."
     found = pd.crosstab(table.split, table.group)
     found = found.reindex(index=[*published], columns=range(len(groups)), fill_value=0)
-    return [f'{part}, {name}: {there:,} images, published {n:,}' for part,counts in published.items()
-            for name,there,n in zip(groups, found.loc[part].tolist(), counts) if there != n]
+    return [f"{part}, {name}: {there:,} image{'s'*(there != 1)}, published {n:,}"
+            for part,counts in published.items() for name,there,n in zip(groups, found.loc[part].tolist(), counts)
+            if there != n]
 
 # %% ../../nbs/photographs/04_waterbirds.ipynb #44f609aa
 def needs_files(

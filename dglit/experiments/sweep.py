@@ -118,6 +118,16 @@ def _tidy(folder):
         with suppress(Timeout, OSError), _locked(lock):
             for o in lock.parent.glob(glob.escape(lock.stem) + '.*.part'): o.unlink(missing_ok=True)
 
+# %% ../../nbs/foundations/32_sweep.ipynb #2bf922d4
+def own_card(
+    i:int # Number of a worker
+) -> dict: # For its environment
+    "Of several graphics cards, the one that a worker sees."
+    n,visible = torch.cuda.device_count(),os.environ.get('CUDA_VISIBLE_DEVICES')
+    if n < 2: return {}
+    cards = visible.split(',') if visible else [*map(str, range(n))]
+    return dict(CUDA_VISIBLE_DEVICES=cards[i % n])
+
 # %% ../../nbs/foundations/32_sweep.ipynb #00f807e0
 def _serve():
     "A worker: tasks from the standard input, answers to the standard output, until the input ends."
@@ -136,16 +146,6 @@ _worker = '''
 import signal; signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the sweep
 from dglit.experiments.sweep import _serve; _serve()
 '''
-
-# %% ../../nbs/foundations/32_sweep.ipynb #2bf922d4
-def own_card(
-    i:int # Number of a worker
-) -> dict: # For its environment
-    "Of several graphics cards, the one that a worker sees."
-    n,visible = torch.cuda.device_count(),os.environ.get('CUDA_VISIBLE_DEVICES')
-    if n < 2: return {}
-    cards = visible.split(',') if visible else [*map(str, range(n))]
-    return dict(CUDA_VISIBLE_DEVICES=cards[i % n])
 
 # %% ../../nbs/foundations/32_sweep.ipynb #c0ffee03
 class _Workers:
@@ -192,6 +192,24 @@ def _death(code):
     why = ', as the system does when the memory is full' if name == 'SIGKILL' else ''
     return f'its worker was killed by signal {-code} ({name}){why}'
 
+# %% ../../nbs/foundations/32_sweep.ipynb #05be1fe8
+@contextmanager
+def workers(
+    backend:str='processes', # 'processes' on this machine, or 'dask'
+    address:str='', # Of the Dask scheduler; none: a cluster on this machine
+    jobs:int=1 # Runs at a time
+): # A function of (f, specs, *args)
+    "A function that yields each spec and what `f(spec, *args)` gave: a failed run if its worker died."
+    choose(backend, ('processes','dask'), 'backend')
+    if address and backend != 'dask':
+        raise DglitError(f"address {address!r}: it is for backend 'dask', not {backend!r}")
+    if backend == 'dask':
+        with _dask(address, jobs) as client:
+            yield partial(_as_they_end, client.get_executor(pure=False).submit)
+    elif jobs == 1: yield _in_turn
+    else:
+        with closing(_Workers(jobs)) as pool: yield partial(_as_they_end, pool.submit)
+
 # %% ../../nbs/foundations/32_sweep.ipynb #f9e98074
 PATIENCE = 10 # seconds that a scheduler may take to answer
 
@@ -223,46 +241,10 @@ def _as_they_end(submit, f, specs, *args):
         except Exception as e: r = failed(work[o], f'{type(e).__name__}: {e}')
         yield work[o], r
 
-# %% ../../nbs/foundations/32_sweep.ipynb #05be1fe8
-@contextmanager
-def workers(
-    backend:str='processes', # 'processes' on this machine, or 'dask'
-    address:str='', # Of the Dask scheduler; none: a cluster on this machine
-    jobs:int=1 # Runs at a time
-): # A function of (f, specs, *args)
-    "A function that yields each spec and what `f(spec, *args)` gave: a failed run if its worker died."
-    choose(backend, ('processes','dask'), 'backend')
-    if address and backend != 'dask':
-        raise DglitError(f"address {address!r}: it is for backend 'dask', not {backend!r}")
-    if backend == 'dask':
-        with _dask(address, jobs) as client:
-            yield partial(_as_they_end, client.get_executor(pure=False).submit)
-    elif jobs == 1: yield _in_turn
-    else:
-        with closing(_Workers(jobs)) as pool: yield partial(_as_they_end, pool.submit)
-
 # %% ../../nbs/foundations/32_sweep.ipynb #1293e0d3
 def label(spec:Spec) -> str:
     "A run in words."
     return shown(f'{spec.method}, seed {spec.seed}')
-
-# %% ../../nbs/foundations/32_sweep.ipynb #8aa6f673
-def _keep_all(held, folder, say, new):
-    "Have each run of `held` in its file; those that cannot be stay held, said when they are new."
-    for k in list(held):
-        if not (why := _keep(folder/k, held[k])): del held[k]
-        elif k == new:
-            say(f'cannot write {folder/k} ({why}): the run is in memory, and tried again; free some room')
-
-def _tell_failures(runs, folder, jobs, say):
-    "What failed, where to read more, and what to do."
-    lost = {folder/k: r for k,r in runs.items() if r.status == 'failed'}
-    last = [r.error.splitlines()[-1] for r in lost.values()]
-    for (path,r),o in zip(lost.items(), last):
-        say(f'{label(r.spec)} failed: {o} (see {path}). The same sweep again tries it again')
-    killed = sum(o.startswith(('ChildProcessError','KilledWorker')) for o in last)
-    if killed and jobs > 1:
-        say(f'{killed} runs lost their worker. If memory was short, give fewer jobs: --jobs {jobs//2}')
 
 # %% ../../nbs/foundations/32_sweep.ipynb #f787ab0d
 def sweep(
@@ -304,6 +286,24 @@ def sweep(
         _tidy(folder)
     _tell_failures(runs, folder, jobs, tell)
     return list(runs.values())
+
+# %% ../../nbs/foundations/32_sweep.ipynb #8aa6f673
+def _keep_all(held, folder, say, new):
+    "Have each run of `held` in its file; those that cannot be stay held, said when they are new."
+    for k in list(held):
+        if not (why := _keep(folder/k, held[k])): del held[k]
+        elif k == new:
+            say(f'cannot write {folder/k} ({why}): the run is in memory, and tried again; free some room')
+
+def _tell_failures(runs, folder, jobs, say):
+    "What failed, where to read more, and what to do."
+    lost = {folder/k: r for k,r in runs.items() if r.status == 'failed'}
+    last = [r.error.splitlines()[-1] for r in lost.values()]
+    for (path,r),o in zip(lost.items(), last):
+        say(f'{label(r.spec)} failed: {o} (see {path}). The same sweep again tries it again')
+    killed = sum(o.startswith(('ChildProcessError','KilledWorker')) for o in last)
+    if killed and jobs > 1:
+        say(f'{killed} runs lost their worker. If memory was short, give fewer jobs: --jobs {jobs//2}')
 
 # %% ../../nbs/foundations/32_sweep.ipynb #5c9626dc
 def seconds_left(

@@ -139,7 +139,7 @@ def plus_minus(mean, std=nan) -> str:
 # %% ../../nbs/foundations/31_tables.ipynb #signed31
 def signed(d):
     "With its sign, and never -0.0."
-    return f'{round(d, 1) + 0:+.1f}'
+    return f'{round(d, 1) + 0:+.1f}'.replace('-', '−')
 
 # %% ../../nbs/foundations/31_tables.ipynb #0094e8f7
 def as_cells(o, name):
@@ -152,7 +152,7 @@ def compared(test):
     "How the test domain compares, in three cells."
     d,s = test.difference, test.published_std
     return {'test − published': '–' if pd.isna(d) else signed(d),
-            'in published s': '–' if pd.isna(d) or not s > 0 else signed(d/s),
+            'in published standard deviations': '–' if pd.isna(d) or not s > 0 else signed(d/s),
             '95% interval of test': '–'
             if pd.isna(test.low) else f'{max(test.low, 0):.1f} to {min(test.high, 100):.1f}'}
 
@@ -189,8 +189,9 @@ def plot_table(
     ax.errorbar(s['mean'], s.index+.25, xerr=s['std'].fillna(0), fmt='D', color=COLORS['ours'],
                 label='ours')
     ax.set(yticks=s.index+.12, yticklabels=[f'{l}  (n={n})' for l,n in zip(s.label, s.n)], xlim=(0,100),
-           xlabel='test accuracy, %')
-    ax.invert_yaxis(); ax.grid(axis='x', alpha=.3); ax.legend(loc='upper right')
+           ylim=(len(s)-.4, -.6), xlabel='test accuracy, %')
+    ax.grid(axis='x', alpha=.3)
+    ax.legend(loc='lower left', bbox_to_anchor=(0,1), ncols=2, frameon=False) # not among the points
     return ax
 
 # %% ../../nbs/foundations/31_tables.ipynb #0444b8ba
@@ -230,9 +231,9 @@ def made_on(runs:list) -> str:
         if on == ['cpu']: on = [m['processor'] or 'cpu', f"{m['threads']} thread" + 's'*(m['threads'] != 1)]
         key = ', '.join([*on, m['precision']]), ', '.join(f'{k} {v}' for k,v in r.versions.items())
         kinds.setdefault(key, []).append(r.seconds)
-    return f'{len(runs)} runs: ' + '; '.join(
-        f"{len(s)} on {on} ({versions}), {' to '.join(dict.fromkeys(map(lasted, (min(s), max(s)))))} each"
-        for (on,versions),s in kinds.items())
+    return '\n'.join([f'{len(runs)} runs:', *(
+        f"- {len(s)} on {on} ({versions}), {' to '.join(dict.fromkeys(map(lasted, (min(s), max(s)))))}"
+        for (on,versions),s in kinds.items())])
 
 # %% ../../nbs/foundations/31_tables.ipynb #14806207
 def changes_between(

@@ -293,14 +293,6 @@ def run_seeds(
     return [record_of(learn, o, seconds) for learn,o in zip(learners, specs)]
 
 # %% ../../nbs/foundations/36_together.ipynb #94745a29
-def _run_group(specs, folder, threads, **given):
-    "The runs of one training's seeds, their records put into `folder`."
-    if threads: torch.set_num_threads(threads)
-    try: runs = run_seeds(specs[0], [o.seed for o in specs], print, **given)
-    except Exception: runs = [failed(o, traceback.format_exc()) for o in specs]
-    for r in runs: write_whole(folder/record_name(r.spec), r.to_json() + '\n')
-    return runs
-
 def sweep_together(
     specs:list, # What to run
     folder, # Where the records are, and go
@@ -324,3 +316,12 @@ def sweep_together(
                 runs[r.spec],there = r,there + 1
                 if finished: finished(r, there, len(specs))
     return list(runs.values())
+
+# %% ../../nbs/foundations/36_together.ipynb #94745a2a
+def _run_group(specs, folder, threads, **given):
+    "The runs of one training's seeds, their records put into `folder`."
+    if threads: torch.set_num_threads(threads)
+    try: runs = run_seeds(specs[0], [o.seed for o in specs], print, **given)
+    except Exception: runs = [failed(o, traceback.format_exc()) for o in specs]
+    for r in runs: write_whole(folder/record_name(r.spec), r.to_json() + '\n')
+    return runs

@@ -1,4 +1,4 @@
-"""Dropout cannot be defeated by filters that always fire together.
+"""Dropout cannot be defeated by filters that always fire together if there are none.
 
 Docs: https://dglit.github.io/dglit/rivals/decov.html.md"""
 
@@ -18,7 +18,7 @@ class DeCov(FeatureMethod):
     "Keeps the features' channels uncorrelated (Cogswell et al., 2016; Duboudin et al., §4.2)."
     def __init__(self,
         weight:float=.01, # Weight of the penalty: a number, or a fastai schedule
-        module:nn.Module|None=None # Module whose output are the features; None: the model's body
+        module:nn.Module|None=None # Module whose output is the features; None: the model's body
     ): super().__init__(weight, module)
 
     def term(self): return decov(self.features)

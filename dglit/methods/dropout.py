@@ -32,7 +32,7 @@ class ChannelDropout(FeatureEdit):
     def __init__(self,
         rate:float|None=None, # Share of channels to drop, in [0, 1); None: from U(0,1) at each iteration
         rescale:bool=True, # Divide what is left by one minus the rate
-        module:nn.Module|None=None # Module whose output are the features; None: the model's body
+        module:nn.Module|None=None # Module whose output is the features; None: the model's body
     ):
         super().__init__(module)
         if rate is not None and not 0 <= rate < 1:

@@ -71,7 +71,7 @@ class FeatureEdit(Hooked):
     "The head gets `self.edit(features)` in place of the features, in training."
     order,whole = 7,None # after all that read the features; of one process, see `whole_of`
     def __init__(self,
-        module:nn.Module|None=None # Module whose output are the features; None: the model's body
+        module:nn.Module|None=None # Module whose output is the features; None: the model's body
     ): self.module = module
 
     def edit(self,

@@ -55,7 +55,7 @@ class InvarianceMethod(DomainMethod):
 
 # %% ../../nbs/irm/03_methods.ipynb #430837d3
 class IRM(InvarianceMethod):
-    "Invariant risk minimization, IRMv1 (Arjovsky et al. 2019, §3.1 and Appendix D)."
+    "Invariant risk minimization, IRMv1 (Arjovsky et al., 2019, §3.1 and Appendix D)."
     def __init__(self,
         weight:float=1e4, # Weight of the penalty from `anneal_steps` on: a number, or a fastai schedule
         anneal_steps:int=100, # Steps of a fit before that, with another weight
@@ -72,12 +72,12 @@ class IRM(InvarianceMethod):
 
 # %% ../../nbs/irm/03_methods.ipynb #ef48a00d
 class VREx(InvarianceMethod):
-    "Variance risk extrapolation (Krueger et al. 2021, Eq. 8)."
+    "Variance risk extrapolation (Krueger et al., 2021, Eq. 8)."
     def term(self): return variance_over_domains(*self.mean_by_domain(self.losses(self.pred, self.y)))
 
 # %% ../../nbs/irm/03_methods.ipynb #7e87a1a6
 class GroupDRO(DomainMethod):
-    "Group distributionally robust optimization (Sagawa et al. 2020, Algorithm 1)."
+    "Group distributionally robust optimization (Sagawa et al., 2020, Algorithm 1)."
     ids = log_q = None
     needs = 'groups' # or domains: whatever numbers come with the examples
     def __init__(self,

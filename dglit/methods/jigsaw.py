@@ -36,7 +36,7 @@ def shuffle_tiles(
 
 # %% ../../nbs/rivals/06_jigsaw.ipynb #40d2ac69
 class Jigsaw(SideNet, LastFeatureMethod):
-    "Solve jigsaw puzzles of 2x2 tiles with a second head (Carlucci et al., 2019; Duboudin et al., §5.1)."
+    "Solves jigsaw puzzles of 2×2 tiles with a second head (Carlucci et al., 2019; Duboudin et al., §5.1)."
     whole = None
     def __init__(self,
         weight:float=10., # Weight of the permutation loss: a number, or a fastai schedule

@@ -45,7 +45,7 @@ def _half(model, name, i):
 
 def body_of(
     model:nn.Module # A model with a `body`, or a fastai vision model
-) -> nn.Module: # The module whose output are the features
+) -> nn.Module: # The module whose output is the features
     "The feature extractor of a model."
     return _half(model, 'body', 0)
 

@@ -23,7 +23,7 @@ class RCL(FeatureMethod):
         weight:float=1., # alpha of Algorithm 1: a number, or a fastai schedule
         margin:float=inf, # m of Eq. 1, in (0, inf]; below 1 it keeps classes apart, inf: no limit
         per:str='feature', # What has extremes of its own when features are rescaled: see `rescale`
-        module:nn.Module|None=None # Module whose output are the features; None: the model's body
+        module:nn.Module|None=None # Module whose output is the features; None: the model's body
     ):
         super().__init__(weight, module)
         self.margin,self.per = float(margin),per

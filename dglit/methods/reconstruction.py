@@ -39,11 +39,11 @@ class Decoder(nn.Module):
 
 # %% ../../nbs/rivals/07_reconstruction.ipynb #4654dfa1
 class Reconstruction(SideNet):
-    "Draw the image again from its features (after Ghifary et al., 2016; Duboudin et al., §5.1)."
+    "Draws the image again from its features (after Ghifary et al., 2016; Duboudin et al., §5.1)."
     whole = ('x',)
     def __init__(self,
         weight:float=1., # Weight of the mean squared error: a number, or a fastai schedule
-        module:nn.Module|None=None, # Module whose output are the features [N,C,H,W]; None: the model's body
+        module:nn.Module|None=None, # Module whose output is the features [N,C,H,W]; None: the model's body
         decoder:nn.Module|None=None # Features to images; None: `Decoder`, for images in [-1,1]
     ):
         super().__init__(weight, module)

@@ -58,7 +58,7 @@ class RSC(FeatureEdit):
     def __init__(self,
         rate:float|None=None, # Share of features to mute, in [0, 1); None: from U(0,1) at each iteration
         share:float=1., # Share of images that are muted, in (0, 1]: those whose true class loses most by it
-        module:nn.Module|None=None, # Module whose output are the features; None: the model's body
+        module:nn.Module|None=None, # Module whose output is the features; None: the model's body
         head:nn.Module|None=None # Module that makes logits of them; None: the model's head
     ):
         super().__init__(module)

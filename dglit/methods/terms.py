@@ -65,7 +65,7 @@ class FeatureMethod(Method):
     features,whole = None,('features',)
     def __init__(self,
         weight:float=1., # Weight of the term: a number, or a fastai schedule
-        module:nn.Module|None=None # Module whose output are the features; None: the model's body
+        module:nn.Module|None=None # Module whose output is the features; None: the model's body
     ):
         super().__init__(weight)
         self.module = module

@@ -71,6 +71,7 @@ def small_batches(bs, unbiased):
     "500 steps of the official recipe on batches of `bs`."
     return irm_spec('irm', **OFFICIAL, bs=bs, epochs=500*bs//50_000, every=1, unbiased=unbiased)
 
+# %% ../../nbs/irm/09_rows.ipynb #fe7f7cdd
 IRM_RISKS = Table('irm-risks', 'Where IRM fails on Colored MNIST', 'nowhere', (
     *(colored_row(f'n-{n}', f'{n:,} training digits', irm_spec('irm', **OFFICIAL, n=n))
       for n in (1000, 2000, 5000, 10_000, 20_000)),

@@ -2,6 +2,9 @@
 // numbers count, and pages rank by all their words, those with the most first; those with one less come after.
 document.addEventListener('DOMContentLoaded', () => {
   if (typeof Search === 'undefined') return;
+  if (!new URLSearchParams(location.search).get('q'))
+    document.getElementById('search-results').innerHTML =
+      '<h1>Search</h1><form role="search"><input name="q" aria-label="Search" placeholder="words or numbers, then Enter" autofocus></form>';
   const parse = Search._parseQuery, pagesWith = Search.performTermsSearch;
   Search._parseQuery = query => {
     const parsed = parse(query);
