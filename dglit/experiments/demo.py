@@ -40,6 +40,8 @@ DEMO = {'MNIST-MP, plain training': _short, 'MNIST-MP, RCL': replace(_short, met
         'Colored MNIST, IRM': replace(_coins, methods='irm', weight=1e5, anneal_steps=100, l2=1e-3, wd=0.),
         'Painted backgrounds, plain training': _ground,
         'Painted backgrounds, CIM': replace(_ground, methods='cim', weight=.1, width=8)}
+
+# %% ../../nbs/foundations/34_demo.ipynb #1ca7ac3f
 RULES_OF = {'MNIST-MP': 'best:valid', 'Colored MNIST': 'last',
             'Painted backgrounds': 'last'} # which epoch each dataset's paper takes
 
@@ -147,14 +149,15 @@ def demo(
     folder,names = writable(folder), [k for k in DEMO for _ in range(seeds)]
     each = [replace(DEMO[k], seed=i % seeds) for i,k in enumerate(names)]
     learners,runs = [learner_of(o, rule_of(k)) for k,o in zip(names, each)], {k: [] for k in DEMO}
-    with Progress() as bar:
+    with Progress(transient=True) as bar:
         task = bar.add_task('training', total=sum(-(-(o.recipe.epochs-1)//o.recipe.every) + 1
                                                   for o in each)) # measurements
         for name,r in train_all(names, each, learners, lambda _: bar.advance(task)):
             runs[name].append(r)
             figures = ', '.join(f'{k} {v:.1f}'
                                 for k,v in r.at(rule_of(name)).items() if '[' not in k) or r.status
-            bar.console.print(f'{name}, seed {r.spec.seed}: {figures}', highlight=False)
+            bar.console.print(f'{name}, seed {r.spec.seed}: {figures}', highlight=False,
+                              soft_wrap=True)
     write_whole(folder/'demo.jsonl', ''.join(r.to_json() + '\n' for rs in runs.values() for r in rs))
     fig = demo_figure(runs, dict(zip(names, learners)))
     fig.savefig(folder/'demo.png', dpi=150); plt.close(fig)
