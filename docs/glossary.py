@@ -90,7 +90,8 @@ def linked(texts, link):
 
     def to_glossary(found):
         word = found[0].removesuffix('s')
-        if word not in known or word in seen: return found[0]
+        named = found.string[:found.start()].endswith(('Colored ', 'Rotated '))  # part of a name
+        if word not in known or word in seen or named: return found[0]
         seen.add(word)
         return found[0] if explained(word, text) else f'[{found[0]}]({link} "{known[word]}")'
 

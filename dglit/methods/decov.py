@@ -1,4 +1,4 @@
-"""Dropout cannot be defeated by filters that always fire together if there are none.
+"""Features that do not vary together leave dropout no copies to fall back on.
 
 Docs: https://dglit.github.io/dglit/rivals/decov.html.md"""
 
