@@ -29,8 +29,8 @@ def differences(
     found = pd.crosstab(table.split, table.group)
     found = found.reindex(index=[*published], columns=range(len(groups)), fill_value=0)
     return [f"{part}, {name}: {there:,} image{'s'*(there != 1)}, published {n:,}"
-            for part,counts in published.items() for name,there,n in zip(groups, found.loc[part].tolist(), counts)
-            if there != n]
+            for part,counts in published.items()
+            for name,there,n in zip(groups, found.loc[part].tolist(), counts) if there != n]
 
 # %% ../../nbs/photographs/04_waterbirds.ipynb #44f609aa
 def needs_files(
