@@ -8,7 +8,7 @@ Docs: https://dglit.github.io/dglit/foundations/sweep.html.md"""
 __all__ = ['PATIENCE', 'record_name', 'writable', 'own_card', 'workers', 'label', 'sweep', 'seconds_left', 'sweep_with_progress']
 
 # %% ../../nbs/foundations/32_sweep.ipynb #9ed535af
-import glob, hashlib, os, pickle, queue, re, signal, subprocess, sys, tempfile, threading, time, traceback
+import gc, glob, hashlib, os, pickle, queue, re, signal, subprocess, sys, tempfile, threading, time, traceback
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager, suppress
@@ -219,6 +219,7 @@ def _dask(address, jobs):
     except ImportError as e:
         raise DglitError(f"backend 'dask' needs a package that is missing ({e}): "
                          "pip install 'dglit[dask]'") from e
+    gc.collect() # a client that found no scheduler, if it went while this one starts, would stop it for good
     if not address:
         cards,client = [own_card(i) for i in range(jobs)],Client(
             n_workers=jobs, threads_per_worker=1, dashboard_address=None)
