@@ -7,7 +7,7 @@ Docs: https://dglit.github.io/dglit/foundations/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'DATA', 'MODEL', 'METHOD', 'SET', 'SEED', 'RULE', 'BY', 'FOR_ALL', 'RECORD', 'SEARCHED', 'REPORTED', 'LISTED',
            'FOLDER', 'OUT', 'JOBS', 'BACKEND', 'ADDRESS', 'FEW_STEPS', 'NEEDS', 'tell', 'value_of', 'settings_given',
-           'spec_given', 'demo', 'by_group', 'tell_data', 'progress', 'train', 'evaluate', 'on_new_images', 'tell_run',
+           'spec_given', 'demo', 'in_groups', 'tell_data', 'progress', 'train', 'evaluate', 'on_new_images', 'tell_run',
            'reproduce', 'print_report', 'space_given', 'search_of', 'compare', 'search', 'report', 'first_line',
            'in_lines', 'of_part', 'of_table', 'list_', 'main']
 
@@ -107,7 +107,7 @@ def demo(
     tell(f'Settings are the demo\'s, not the paper\'s. Figure: {out}/demo.png   Records: {out}/demo.jsonl')
 
 # %% ../nbs/foundations/40_cli.ipynb #7d1c0a21
-def by_group(figures):
+def in_groups(figures):
     "A row for each group, a column for each part that has groups."
     import pandas as pd
     parts = {}
@@ -160,7 +160,7 @@ def train(
         tell('diverged: the loss is no longer a number. Try a smaller lr'); sys.exit(1)
     epoch = r.measured[select_epoch(r.measured, rule)]['epoch']
     tell(f'\n{rule} picks epoch {epoch}: {in_words(kept := r.at(rule))}')
-    if any('[' in o for o in kept): tell(by_group(kept).to_string())
+    if any('[' in o for o in kept): tell(in_groups(kept).to_string())
     if folder:
         tell(f'Weights: {save_trained(learn, (folder/record_name(spec)).with_suffix(""))/"weights.pt"}')
 

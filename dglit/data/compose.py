@@ -1,4 +1,4 @@
-"""How Waterbirds was made: objects on two kinds of place, any correlation, each background in one split alone.
+"""How Waterbirds was made: objects on two kinds of place, any correlation, each background in one split.
 
 Docs: https://dglit.github.io/dglit/photographs/compose.html.md"""
 

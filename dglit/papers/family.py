@@ -1,4 +1,4 @@
-"""The family's six tables as data: Colored MNIST by IRM's recipe, by search, with few digits, and its relatives.
+"""The family's tables as data: Colored MNIST by IRM's recipe, by search, with few digits; its relatives.
 
 Docs: https://dglit.github.io/dglit/family/rows.html.md"""
 

@@ -1,4 +1,4 @@
-"""Birds, PACS, and four tables after Tables 1, 2, 3 and 5 of Taghanaki et al., as data: rows, trainings, published figures.
+"""Birds, PACS, and four tables after those of Taghanaki et al., as data: rows, trainings, published figures.
 
 Docs: https://dglit.github.io/dglit/photographs/rows.html.md"""
 
