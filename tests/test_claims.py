@@ -1,12 +1,14 @@
 "What the results pages say must hold in the records that they are drawn from."
-import json, os
+import json, os, sys
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
+from dglit.data.colored_mnist import colored_mnist
 from dglit.data.loaders import data_hash
 from dglit.data.mnist import load_mnist
 from dglit.experiments.record import Run, read_runs
@@ -14,7 +16,11 @@ from dglit.experiments.run import precision_on, run
 from dglit.experiments.spec import Part
 from dglit.experiments.tables import accuracies, crossed, runs_of, specs_of, summarise, variants
 from dglit.learner import select_epoch
+from dglit.models.convnet import ConvNet
 from dglit.papers import SEARCHES, TABLES
+
+sys.path.insert(0, str(Path(__file__).parent.parent/'docs'))
+from claims import claims
 
 DRAWN = ('colored_mnist', 'background_mnist', 'colored_mnist_three', 'full_colored_mnist')  # each seed draws data of its own
 RESULTS = Path(__file__).parent.parent/'nbs'/'results'
@@ -315,3 +321,21 @@ def test_a_table_across_alpha_has_the_tables_figures():
     table, by_row = crossed(CIM_TABLE, ALL), CIM_TEST
     for r in CIM_TABLE.rows: assert table.loc[r.axes['method'], r.axes['alpha']].startswith(f"{by_row['mean'][r.name]:.1f} ± ")
     assert list(table.columns) == ['α = 0.5%', 'α = 1%', 'α = 2%', 'published, α = 1%']
+
+
+def test_smaller_figures_of_the_prose():
+    "What a page says in passing, and computes nowhere."
+    published = {k: CIM_TABLE.row(f'{k}-1').published['test'].mean for k in ('erm', 'both')}
+    assert round(published['both'] - published['erm'], 2) == 10.96
+    assert round(100 - CIM_TABLE.row('erm-1').spec.data['alpha']) == 99
+    t = summarise(TABLES['cim-ten-search'], ALL).query("domain == 'test'").set_index('row')['mean']
+    assert round(min(t['cim-1'], t['cim-10']) - t['erm-lr-0.001']) == 23
+    assert ConvNet().body(torch.zeros(1, 3, 32, 32)).numel() == 3200 == 1/TABLES['rcl-open-points'].row('mean-inf').spec.methods[0]['weight']
+    assert 100*(1 - signature(colored_mnist).parameters['label_noise'].default) == 75
+    assert round(1600**2/128**2) == 156 # the entries of both matrices of a layer of 128 filters of 1600
+
+
+def test_every_figure_of_the_prose_is_held():
+    "By its page's outputs or code, another page's outputs, or this file: `python docs/claims.py` says by which."
+    free = [o[:3] for o in claims() if not o[3]]
+    assert not free, free
