@@ -106,6 +106,7 @@ def card():
 ROOT = Path(__file__).parent.parent
 # Waits and launches of a training step, method by method, as benchmarks/waits.py writes them: no more than that, and the list only shrinks
 LIST = {o['method']: o for o in csv.DictReader(open(ROOT/'nbs/results/card-waits.csv'))}
+STALE = 'run benchmarks/waits.py, which writes nbs/results/card-waits.csv, and nbs/guides/05_gpu_and_cluster.ipynb, which shows it'
 ONCE = 2 # how often an epoch's training waits beside its steps: for the order of the batches to be there, and to see whether a loss was infinite
 EVALUATION = 4 # waits of a batch that is measured, all in what fastai gathers
 
@@ -119,6 +120,7 @@ def test_trains_there_as_here(method, settings):
         assert all(on(p) for p in learn.model.parameters())
     assert same(here, there)
     assert not card.of('number from the CPU')
+    assert method in LIST, STALE
     if not settings: assert watch.waits == int(LIST[method]['waits']), card.of('wait')
     assert watch.waits <= int(LIST[method]['waits']) and watch.once <= ONCE, card.of('wait')
     if not settings: assert watch.launches <= 1.2*int(LIST[method]['launches'])
@@ -126,7 +128,8 @@ def test_trains_there_as_here(method, settings):
 
 def test_the_list():
     "One wait a step is fastai's Recorder's; PAIR solves a program on the host."
-    assert [*LIST] == [*METHODS] and {k for k, o in LIST.items() if o['waits'] != '1'} <= {'pair'} and int(LIST['pair']['waits']) <= 2
+    assert [*LIST] == [*METHODS], STALE
+    assert {k for k, o in LIST.items() if o['waits'] != '1'} <= {'pair'} and int(LIST['pair']['waits']) <= 2
 
 
 @pytest.mark.parametrize('method', METHODS)

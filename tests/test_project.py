@@ -61,9 +61,13 @@ def test_all_has_everything_a_notebook_needs():
 def test_list_on_the_page_is_current():
     from typer.testing import CliRunner
     from dglit.cli import app
+    from dglit.experiments.registry import METHODS
     cell = next(c for c in cells(ROOT/'nbs/foundations/40_cli.ipynb') if "print(cli('list').output)" in ''.join(c['source']))
     shown = ''.join(''.join(o.get('text', [])) for o in cell['outputs'])
     assert shown.split() == CliRunner().invoke(app, ['list']).output.split(), 'run nbs/foundations/40_cli.ipynb again, its outputs saved'
+    listed = json.dumps([c.get('outputs', []) for c in cells(ROOT/'nbs/guides/07_all_methods.ipynb')], ensure_ascii=False)
+    for name, m in METHODS.items():
+        assert not m or f'`{name}`' in listed, f'{name}: run nbs/guides/07_all_methods.ipynb again, its outputs saved'
 
 
 def test_losses_know_no_fastai():
