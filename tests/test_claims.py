@@ -300,7 +300,7 @@ def test_the_mask_does_most_of_it():
 
 def test_what_the_search_says():
     mask, plain = found('mask-lr-0.001'), found('erm-lr-0.001')
-    assert all(abs(found(f'cim-{w}') - mask) < 2 for w in ('0.001', '0.01', '0.1', '1')) and found('cim-10') < mask - 6
+    assert all(abs(found(f'cim-{w}') - mask) < 2 for w in ('0.001', '0.01', '0.1', '1')) and found('cim-10') < mask - 6 and found('gram-1') == 50
     assert abs(found('cim-intended-0.001') - mask) < 2 and found('cim-intended-0.01') < mask - 10
     assert all(abs(found(f'cim-intended-{w}') - plain) < 1.5 for w in ('0.1', '1'))
     cim = found('cim-0.01')
@@ -339,3 +339,15 @@ def test_every_figure_of_the_prose_is_held():
     "By its page's outputs or code, another page's outputs, or this file: `python docs/claims.py` says by which."
     free = [o[:3] for o in claims() if not o[3]]
     assert not free, free
+
+
+def test_what_choosing_by_validation_costs():
+    t = TABLES['family-search']
+    valid, oracle = ([round(accuracies(t.row(k + end), ALL)['0.9'].mean()) for k in ('irm', 'vrex', 'fishr', 'hessian', 'iga')] for end in ('', '-oracle'))
+    assert (min(valid), max(valid), min(oracle), max(oracle)) == (16, 31, 69, 70)
+
+
+def test_how_long_table_2_takes():
+    assert len({(s.training, s.seed) for s in specs_of(T2, 10)}) == 150
+    cpu, card = ([r.seconds/60 for r in RUNS['rcl-table2'] if (r.machine['device'] == 'cpu') == o] for o in (True, False))
+    assert (round(min(cpu)), round(max(cpu))) == (7, 34) and .35 < min(card) < .5 and 1.4 < max(card) < 1.6
