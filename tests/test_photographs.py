@@ -24,6 +24,7 @@ from dglit.learner.groups import repeat_wrong
 from dglit.learner.measuring import evaluate
 from dglit.learner.learner import domain_learner
 from dglit.methods.cim import CIM
+from dglit.methods.irm import VREx
 from dglit.models.backbone import Backbone, body_and_head, features_of
 from dglit.models.convnet import ConvNet
 
@@ -314,6 +315,16 @@ def test_kinds_that_are_allowed(shapes):
     assert list(shapes(lambda t: t.assign(part=t.part.replace('test', 'test_north'))).tests) == ['test_north']
     shapes.table.to_csv(shapes.folder/'semi.csv', sep=';', encoding='utf-16')                # with pandas' unnamed index
     assert group_table(image_groups(shapes.folder, 'semi.csv', group='group', split='part', size=8)).sum().tolist() == [8, 8, 8]
+
+
+def test_a_site_to_choose_by(shapes):
+    "All of validation may be of a place that is not trained on: V-REx trains on two sites, a third chooses, a fourth is the test."
+    sites = lambda t: t.assign(site=[['north', 'south'][i % 3 % 2] if p == 'train' else dict(valid='east', test='west')[p] for i, p in enumerate(t.part)])
+    dls = shapes(sites, group='site', size=16)
+    assert group_table(dls).loc['east'].tolist() == [0, 8, 0]
+    learn = domain_learner(dls, ConvNet(3, 2, 16), VREx(weight=1., anneal_steps=1), rule='best:valid')
+    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    assert evaluate(learn).index.tolist() == ['valid', 'test'] and learn.track_domains.selected in (0, 1)
 
 
 def test_rows_stay_with_their_images(shapes):

@@ -145,10 +145,11 @@ def check_table(
               "one: write one for all of them, such as 'unknown', or for none")
     needs('worst' not in groups, "a group is called 'worst', as the worst of all is: give it another name")
     needs(len(groups) != 1, f'one group only, {next(iter(groups), 0)!r}: leave the column of groups away')
-    if (train.group >= 0).all():
-        for line,g in valid.group[(valid.group >= 0) & ~valid.group.isin(train.group)].items():
-            raise DataError(f'line {line}: group {groups[g]!r} is in validation, not in training: '
-                            'make it a test, or leave the groups of the training images empty')
+    known = valid.group.isin(train.group)
+    if (train.group >= 0).all() and known.any(): # else validation is a place of its own
+        for line,g in valid.group[~known].items():
+            raise DataError(f'line {line}: group {groups[g]!r} is in validation, not in training, unlike others '
+                            'of validation: make it a test, or all of validation groups that are not trained on')
 
 # %% ../../nbs/photographs/03_image_groups.ipynb #7d1c0a12
 def warn_of_repeats(
