@@ -167,8 +167,8 @@ def check_table(
     known = valid.group.isin(train.group)
     if (train.group >= 0).all() and known.any(): # else validation is a place of its own
         for line,g in valid.group[~known].items():
-            raise DataError(f'line {line}: group {groups[g]!r} is in validation, not in training, unlike others '
-                            'of validation: make it a test, or all of validation groups that are not trained on')
+            raise DataError(f'line {line}: group {groups[g]!r} is in validation, not in training, unlike '
+                            'others of validation: make it a test, or validation all of new groups')
 
 # %% ../../nbs/photographs/03_image_groups.ipynb #7d1c0a12
 def warn_of_repeats(
@@ -194,7 +194,8 @@ def warn_of_the_rare(
         rows,others = table.index[table.y == c], [o for o in vocab if o != vocab[c]]
         near = difflib.get_close_matches(vocab[c], others, n=1)
         hint = f': a typing error for {near[0]!r}?' if near else ''
-        warnings.warn(f'class {vocab[c]!r} has {len(rows)} image(s), none in validation (line {rows[0]}){hint}')
+        warnings.warn(f'class {vocab[c]!r} has {len(rows)} image(s), none in validation '
+                      f'(line {rows[0]}){hint}')
     classes = table[table.group >= 0].groupby('group').y.agg(['nunique','first','size'])
     for g,o in classes[classes['nunique'] == 1].iterrows() if (classes['nunique'] > 1).mean() >= .5 else ():
         warnings.warn(f'all {o["size"]} image(s) of group {groups[g]!r} are of class {vocab[o["first"]]!r}: '
