@@ -1,6 +1,6 @@
 """RFC's table: five starts, six ways on from each, the worst of three tests; a JSON file a training, which is not done twice.
 
-Usage: python benchmarks/rich_features.py FOLDER [--jobs 1] [--seeds 5] [--n N] [--divide 1] [--digits mnist], and then
+Usage: python benchmarks/rich_features.py FOLDER [--jobs 1] [--seeds 5] [--n N] [--bs N --divide 1] [--columns ...] [--digits mnist], and then
 python benchmarks/rich_features.py FOLDER --csv nbs/results: what the folder holds as the page's two tables."""
 import argparse, json, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -17,7 +17,7 @@ from fastai.optimizer import OptimWrapper
 
 from dglit.core import keep_memory, set_seed, write_whole
 from dglit.data.more_colored_mnist import colored_mnist_three
-from dglit.learner.rich_features import TrainOnly, discover, fit_plain, stored_features, synthesise
+from dglit.learner.rich_features import TrainOnly, answers_of, discover, fit_plain, stored_features, synthesise
 from dglit.methods.core import TakeDomain
 from dglit.methods.head_gradients import IGA, Fishr
 from dglit.methods.irm import IRM, VREx
@@ -47,12 +47,12 @@ class Worst(Callback):
         self.model.train()
 
     def right(self, dl):
-        x, y = dl.one_batch()[:2]
-        return round(100*((self.model(x).reshape(-1) > 0) == (y.reshape(-1) > 0)).double().mean().item(), 3)
+        answers = answers_of(self.model, dl).cpu() == dl.dataset.tensors[1].reshape(-1).bool().cpu()
+        return round(100*answers.double().mean().item(), 3)
 
 
 def loaders(world, seed, args):
-    return colored_mnist_three(args.digits, inverse=world == 'inverse', n=args.n, seed=seed)
+    return colored_mnist_three(args.digits, inverse=world == 'inverse', n=args.n, bs=args.bs, seed=seed)
 
 
 def network(dls):
@@ -103,7 +103,7 @@ def on(column, name, seed, args):
     learn = Learner(dls, model, BCEWithLogitsLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.Adam), lr=LR, wd=l2 if plain else 0.,
                     cbs=[TakeDomain(), TrainOnly(), look, *([methods] if methods else [])])
     with learn.no_bar(), learn.no_logging(): learn.fit(steps)
-    result = dict(column=column, method=name, seed=seed, weight=args.weight, steps=steps, precision='tf32' if torch.cuda.is_available() else 'fp32', curve=look.curve,
+    result = dict(column=column, method=name, seed=seed, weight=args.weight, bs=args.bs, steps=steps*args.divide, precision='tf32' if torch.cuda.is_available() else 'fp32', curve=[[r[0]*args.divide, *r[1:]] for r in look.curve],
                   tests=list(dls.tests), seconds=round(time.perf_counter() - begun, 1), rounds=kept.get('rounds'), alone=kept.get('alone'),
                   device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')
     write_whole(path, json.dumps(result) + '\n')
@@ -128,7 +128,7 @@ def write_tables(folder, results):
     found = sorted((json.loads(f.read_text()) for f in Path(folder).glob('*.json')), key=lambda o: (order.index(o['column']), o['method'], o['seed']))
     for o in found:
         every = 50 if o['steps'] < 1500 else 100 if o['steps'] < 4000 else 500
-        kept = [r for r in o['curve'] if r[0] % every == 0 or r[0] == o['steps'] - 1]
+        kept = [r for r in o['curve'] if r[0] % every == 0 or r is o['curve'][-1]]
         curves += [dict(column=o['column'], method=o['method'], seed=o['seed'], step=r[0], train=r[1], **dict(zip(o['tests'], r[2:]))) for r in kept]
         world = COLUMNS[o['column']]
         if o['alone']: rounds[world, o['seed']] = dict(world=world, seed=o['seed'], round1=o['rounds'][0], round2=o['rounds'][1], **o['alone'])
@@ -138,17 +138,17 @@ def write_tables(folder, results):
 
 def main():
     p = argparse.ArgumentParser()
-    p.add_argument('folder'); p.add_argument('--digits', default='mnist'); p.add_argument('--csv'); p.add_argument('--weight', type=float, default=1e4)
-    for k, v in dict(jobs=1, seeds=5, n=None, divide=1).items(): p.add_argument(f'--{k}', type=int, default=v)
+    p.add_argument('folder'); p.add_argument('--digits', default='mnist'); p.add_argument('--csv'); p.add_argument('--columns', nargs='+', default=[*COLUMNS], choices=COLUMNS); p.add_argument('--weight', type=float, default=1e4)
+    for k, v in dict(jobs=1, seeds=5, n=None, bs=None, divide=1).items(): p.add_argument(f'--{k}', type=int, default=v)
     args = p.parse_args()
     if args.csv: return write_tables(args.folder, args.csv)
     Path(args.folder).mkdir(parents=True, exist_ok=True)
     seeds, lost = range(args.seeds), 0
     with ProcessPoolExecutor(args.jobs, get_context('spawn'), begin) as pool:
-        starts = {w: [pool.submit(start, w, s, args) for s in seeds] for w in ('inverse', 'plain')}
-        free = [pool.submit(on, c, m, s, args) for s in seeds for c in ('rand', 'erm') for m in names_of(c)]
-        for o in (*starts['inverse'], *starts['plain']): o.result()
-        free += [pool.submit(on, c, m, s, args) for s in seeds for c in ('inverse', 'rfc', 'frozen') for m in names_of(c)]
+        starts = {w: [pool.submit(start, w, s, args) for s in seeds] for w in {COLUMNS[c] for c in args.columns if c not in ('rand', 'erm')}}
+        free = [pool.submit(on, c, m, s, args) for s in seeds for c in ('rand', 'erm') if c in args.columns for m in names_of(c)]
+        for o in (o for each in starts.values() for o in each): o.result()
+        free += [pool.submit(on, c, m, s, args) for s in seeds for c in ('inverse', 'rfc', 'frozen') if c in args.columns for m in names_of(c)]
         for o in as_completed(free):
             try: print(o.result(), flush=True)
             except Exception as e: lost += 1; print(f'{type(e).__name__}: {e}', flush=True)
