@@ -1,4 +1,4 @@
-"""Milliseconds of a training step on images of 128 pixels, for EfficientNet-Lite0 and ResNet-18: plain training, VIB, SCL, CIM, GroupDRO on the same batches, in turn.
+"""Milliseconds of a training step on images of 128 pixels, for EfficientNet-Lite0 and ResNet-18: plain training and methods on the same batches, in turn.
 Prints the median of each and of its ratio to plain training's in the same round; FILE gets a line for each network, method and round.
 Usage: python benchmarks/photos.py [batch size [steps [rounds [FILE.csv]]]]"""
 import statistics, sys
@@ -14,7 +14,8 @@ from dglit.experiments.spec import Spec
 
 NETWORKS = 'efficientnet_lite0', 'resnet18'
 CONTENDERS = {'plain training': ('erm', {}), 'VIB': ('vib', {}), 'SCL': ('scl', {}), 'mask alone': ('cim', dict(weight=0.)), 'CIM': ('cim', dict(weight=.01)),
-              'CIM + VIB': ('cim+vib', dict(weight=.01)), 'GroupDRO': ('group_dro', {})}
+              'CIM + VIB': ('cim+vib', dict(weight=.01)), 'RCL': ('rcl', {}), 'spectral decoupling': ('spectral_decoupling', {}), 'SAM': ('sam', {}),
+              'GroupDRO': ('group_dro', {}), 'IRM': ('irm', {}), 'V-REx': ('vrex', {}), 'Fishr': ('fishr', {}), 'CORAL': ('coral', {}), 'DANN': ('dann', {})}
 FIRST = 2  # steps that are not timed
 
 

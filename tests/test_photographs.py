@@ -318,10 +318,20 @@ def test_kinds_that_are_allowed(shapes):
     assert group_table(image_groups(shapes.folder, 'semi.csv', group='group', split='part', size=8)).sum().tolist() == [8, 8, 8]
 
 
+def test_typing_errors_and_sites_of_one_class_are_warned_of(shapes, recwarn):
+    shapes(); shapes(group=None); assert not [o for o in recwarn if 'of class' in str(o.message) or 'none in validation' in str(o.message)]
+    with pytest.warns(UserWarning, match=r"class 'bb' has 1 image\(s\), none in validation \(line 5\): a typing error for 'b'\?"): shapes(setting('label', 3, 'bb'), group=None)
+    sites = lambda z: lambda t: t.assign(group=[z if i % 4 == 0 else 'xy'[i//4 % 2] for i in range(24)])
+    shapes(sites('x')); assert not [o for o in recwarn if 'of class' in str(o.message)]
+    with pytest.warns(UserWarning, match=r"all 6 image\(s\) of group 'z' are of class 'a'"): shapes(sites('z'))
+
+
 def test_a_site_to_choose_by(shapes):
     "All of validation may be of a place that is not trained on: V-REx trains on two sites, a third chooses, a fourth is the test."
     sites = lambda t: t.assign(site=[['north', 'south'][i % 3 % 2] if p == 'train' else dict(valid='east', test='west')[p] for i, p in enumerate(t.part)])
     dls = shapes(sites, group='site', size=16)
+    named = shapes(sites, group='site', split=None, valid='east', test='west', size=16)
+    assert (group_table(named) == group_table(dls)).all(None)
     assert group_table(dls).loc['east'].tolist() == [0, 8, 0]
     learn = domain_learner(dls, ConvNet(3, 2, 16), VREx(weight=1., anneal_steps=1), rule='best:valid')
     with learn.no_bar(), learn.no_logging(): learn.fit(2)
