@@ -1,5 +1,6 @@
 // Sphinx's search skips numbers, finds nothing where no page has every word, and ranks a page by its best word. Here
-// numbers count, and pages rank by all their words, those with the most first; those with one less come after.
+// numbers count, and pages rank by all their words, those with the most first; those with one less come after. Words
+// in a page's title count more, those that Sphinx skips too ("which method"), and words in headings a little.
 document.addEventListener('DOMContentLoaded', () => {
   if (typeof Search === 'undefined') return;
   if (!new URLSearchParams(location.search).get('q'))
@@ -11,6 +12,15 @@ document.addEventListener('DOMContentLoaded', () => {
     for (const number of query.match(/\d+/g) || []) { parsed[1].add(number); parsed[3].add(number); }
     return parsed;
   };
+  const stem = new Stemmer(), stems = text => text.toLowerCase().match(/[\w%]+/g)?.map(o => stem.stemWord(o)) || [];
+  let asked = [];
+  const inTitles = page => {
+    const about = stems(page[1]), own = Search._index.docnames.indexOf(page[0]), titles = Search._index.alltitles;
+    const headings = Object.keys(titles).filter(o => titles[o].some(([doc]) => doc === own)).flatMap(stems);
+    return asked.reduce((sum, o) => sum + (about.includes(o) ? 20/(about.length + asked.length) : 0) + (headings.includes(o) ? 1 : 0), 0);
+  };
+  const query = Search.query;
+  Search.query = text => { asked = stems(text); query(text); };
   Search.performTermsSearch = (words, excluded) => {
     const found = new Map();
     for (const word of words)
@@ -20,6 +30,6 @@ document.addEventListener('DOMContentLoaded', () => {
       }
     const most = Math.max(...[...found.values()].map(o => o.words));
     return [...found.values()].filter(o => o.words >= Math.max(most - 1, 1)).map(({page, words, score}) =>
-      [...page.slice(0, 4), score - 100*(most - words), ...page.slice(5)]);
+      [...page.slice(0, 4), score + inTitles(page) - 100*(most - words), ...page.slice(5)]);
   };
 });
