@@ -8,8 +8,8 @@ Docs: https://dglit.github.io/dglit/foundations/cli.html.md"""
 __all__ = ['app', 'DATA', 'MODEL', 'METHOD', 'SET', 'SEED', 'RULE', 'BY', 'FOR_ALL', 'RECORD', 'SEARCHED', 'REPORTED', 'LISTED',
            'FOLDER', 'OUT', 'JOBS', 'BACKEND', 'ADDRESS', 'FEW_STEPS', 'NEEDS', 'tell', 'value_of', 'settings_given',
            'spec_given', 'demo', 'in_groups', 'tell_data', 'progress', 'train', 'evaluate', 'on_new_images', 'tell_run',
-           'reproduce', 'print_report', 'space_given', 'search_of', 'compare', 'search', 'report', 'first_line',
-           'in_lines', 'of_part', 'of_table', 'list_', 'main']
+           'reproduce', 'print_report', 'print_own', 'space_given', 'search_of', 'compare', 'search', 'report',
+           'first_line', 'in_lines', 'of_part', 'of_table', 'list_', 'main']
 
 # %% ../nbs/foundations/40_cli.ipynb #486d36ef
 import os, sys, warnings
@@ -75,10 +75,11 @@ SET = Annotated[list[str],
                 typer.Option('--set', help='NAME=VALUE, of the data, the model, a method or the recipe; '
                                         'may be repeated. `dglit list PART` shows the settings.')]
 SEED = Annotated[int, typer.Option(help='Of initial weights, what the data draw, and the order of batches.')]
+# rich takes [worst] for a style, \\[worst] for text
 RULE = Annotated[str, typer.Option(help='Which epoch to keep: last, best:valid, best:balanced, '
-                                   'best:valid[worst], early-stop@95.')]
+                                   'best:valid\\[worst], early-stop@95.')]
 BY = Annotated[str, typer.Option(help='The validation domain whose accuracy at that epoch picks the draw: '
-                                 'valid, balanced, valid[worst].')]
+                                 'valid, balanced, valid\\[worst].')]
 FOR_ALL = Annotated[list[str],
                     typer.Option('--set', help='A setting of every row, such as digits=digits or epochs=1; '
                                             'may be repeated.')]
@@ -125,17 +126,19 @@ def tell_data(learn, spec):
     if hasattr(learn.dls, 'group_names'): tell(group_table(learn.dls).to_string(), end='\n\n')
     for o in getattr(learn.dls, 'left_out', [])[:5]: tell(f'left out: {o}')
     steps = len(learn.dls.train)*spec.recipe.epochs
-    if steps < FEW_STEPS: tell(f'{steps} steps are few to learn from: give more epochs, or a smaller bs')
+    if steps < FEW_STEPS:
+        tell(f'{steps} steps are few to learn from: give more epochs, or a smaller bs; '
+             'with a pretrained network fewer do')
 
 # %% ../nbs/foundations/40_cli.ipynb #983aebe6
 def progress(epochs):
-    "Of each epoch that ends, how long the rest will take."
-    import time
-    start = time.time()
-    for done in range(1, epochs):
-        left = (time.time() - start)/done*(epochs - done)
-        yield f'({int(left//60)}:{int(left%60):02} left)'
-    while True: yield ''
+    "From now on: a function of how many epochs are done that says how long the rest will take."
+    from time import time
+    start = time()
+    def left(done):
+        s = int((time() - start)/done*(epochs - done))
+        return f'({s//60}:{s%60:02} left)' if done < epochs else ''
+    return left
 
 # %% ../nbs/foundations/40_cli.ipynb #29a0c875
 @app.command()
@@ -153,8 +156,8 @@ def train(
     learn = learner_of(spec, rule)
     folder = writable(out, 1, learn.model) if out else None
     tell_data(learn, spec)
-    clock = progress(spec.recipe.epochs)
-    r = fit(learn, spec, each_epoch=lambda o: tell(in_words(o), next(clock), flush=True))
+    left = progress(spec.recipe.epochs)
+    r = fit(learn, spec, each_epoch=lambda o: tell(in_words(o), left(o['epoch'] + 1), flush=True))
     if folder: tell(f'Record: {write_whole(folder/record_name(spec), r.to_json() + chr(10))}')
     if r.status == 'diverged':
         tell('diverged: the loss is no longer a number. Try a smaller lr'); sys.exit(1)
@@ -194,7 +197,8 @@ def on_new_images(record, images, out, **columns):
     from dglit.experiments.new_images import accuracy_by_group, predictions
     found = predictions(record, images, **columns)
     known = accuracy_by_group(found)
-    tell(known.round(1).to_string() if known.n['all'] else found.prediction.value_counts().to_string())
+    tell(known.round(1).to_string() if known.n['all'] else
+         found.prediction[found.prediction != ''].value_counts().to_string())
     tell(f'Predictions: {write_whole(out, found.to_csv(index=False))}')
 
 # %% ../nbs/foundations/40_cli.ipynb #e40f9d32
@@ -252,6 +256,19 @@ def print_report(table, runs, out, given=None):
         right = ('left', *['right']*len(shown.columns))
         tell(shown.to_markdown(tablefmt='simple', disable_numparse=True, colalign=right))
         tell(f'\nAlso in {out}: {report_name(table, **changes)}.md, .csv, .png')
+
+# %% ../nbs/foundations/40_cli.ipynb #mendh020
+def print_own(runs, rule='best:valid'):
+    "Print trainings of one's own: a table for each setup, a row for each method; below it what methods gain."
+    import pandas as pd
+    from dglit.experiments.tables import by_method, gains, plus_minus
+    for setup,figures in by_method(runs, rule).groupby('setup', sort=False):
+        figures = figures.droplevel('setup').dropna(axis=1, how='all')
+        each = figures.groupby('method', sort=False)
+        cells = {k: map(plus_minus, each[k].mean(), each[k].std()) for k in figures}
+        tell(f'\n{setup}:\naccuracy in percent at {rule}, mean ± standard deviation over n seeds\n')
+        tell(pd.DataFrame(dict(n=each.size()) | cells).rename_axis(None).to_string())
+        tell(*(f'\n{o}' for o in gains(figures)), sep='')
 
 # %% ../nbs/foundations/40_cli.ipynb #7897a0dc
 def space_given(pairs, options):
@@ -330,7 +347,7 @@ def search(
 def report(
     path: Annotated[str, typer.Argument(help='A folder of records, or a .jsonl file.')],
     table: REPORTED = '', out: FOLDER = ''):
-    "The table that records make, beside the published one: printed, and as Markdown, CSV and PNG."
+    "The table that records make: beside the published one, also as Markdown, CSV, PNG; or of one's own."
     from pathlib import Path
     from dglit.core import DglitError, choose
     from dglit.experiments.record import read_runs
@@ -341,11 +358,12 @@ def report(
     runs = read_runs(path, unreadable := [])
     for o in unreadable: tell(o)
     tables = [t for t in tables if variants(t, runs, TABLES.values())]
-    if not tables:
-        raise DglitError(f"no record of {table or 'any table'} in {path}: "
-                         "give a folder that `dglit reproduce` wrote")
-    folder = writable(out or (path if os.path.isdir(path) else Path(path).parent))
+    if table and not tables or not runs:
+        raise DglitError(f"no record of {table or 'any training'} in {path}: give a folder that "
+                         f"`dglit reproduce` wrote{'' if table else ', or `dglit train --out`'}")
+    if tables: folder = writable(out or (path if os.path.isdir(path) else Path(path).parent))
     for t in tables: print_report(t, runs, folder)
+    if not tables and any(r.status == 'done' for r in runs): print_own(runs)
     for r in runs:
         if r.status != 'done':
             tell(f"{label(r.spec)}: {r.status} {''.join(r.error.splitlines()[-1:])}")

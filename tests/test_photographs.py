@@ -195,7 +195,7 @@ PNG = lambda read: (read.folder/'im/3.png').read_bytes()
 
 BAD = {
     # the call
-    'no such folder': (dict(folder='nowhere'), 'cannot read|is no folder'), 'no such table': (dict(table='a.csv'), 'cannot read'),
+    'no such folder': (dict(folder='nowhere'), 'there is no folder nowhere'), 'no such table': (dict(table='image.csv'), "there is no table.*did you mean 'images.csv'"),
     'no such file column': (dict(file='fil'), "did you mean 'file'"), 'no such label column': (dict(label='labels'), "did you mean 'label'"),
     'no such group column': (dict(group='grp'), 'column'), 'no such split column': (dict(split='parts'), "did you mean 'part'"),
     'size 0': (dict(size=0), 'size 0'), 'unknown resize': (dict(resize='stretch'), 'resize'), 'unknown broken': (dict(broken='ignore'), 'broken'),
@@ -216,7 +216,7 @@ BAD = {
     'a label only in test': (setting('label', 20, 'c'), "class 'c' has no image in training"), 'a label only in validation': (setting('label', 10, 'c'), "class 'c' has no image in training"),
     'one class': (lambda t: t.assign(label='a'), 'one class'), 'one group': (lambda t: t.assign(group='g'), 'one group only'), 'a group missing': (setting('group', 3, ''), 'line 5: no group'),
     'a group only in validation': (setting('group', 10, 'new'), "group 'new' is in validation"), "a group called worst": (lambda t: t.assign(group=t.group.replace('a red', 'worst')), 'another name'),
-    'no training': (lambda t: t.assign(part=t.part.replace('train', 'test2')), "'train'"), 'empty validation': (lambda t: t.assign(part=t.part.replace('valid', 'train')), "'valid'"), 'a mistyped split': (setting('part', 3, 'tran'), "split 'tran'"), 'split 7': (setting('part', 3, '7'), "split '7'"),
+    'no training': (lambda t: t.assign(part=t.part.replace('train', 'test2')), "'train'"), 'empty validation': (lambda t: t.assign(part=t.part.replace('valid', 'train')), "'valid' by column 'part'.*leave split= away"), 'a mistyped split': (setting('part', 3, 'tran'), "split 'tran'"), 'split 7': (setting('part', 3, '7'), "split '7'"),
     'a label that steers a terminal': (setting('label', 3, 'a\x1b[2J'), 'line 5: label .*do not show'), 'a group that turns the text': (setting('group', 3, '\u202e'), 'line 5: group .*do not show'),
     'a split without end': (setting('part', 3, '1e99'), "split '1e99'"),
     'half of a UTF-16 letter': (text_is(b'\xff\xfe\x00\xd8'*9), 'no rows'),
@@ -225,6 +225,7 @@ BAD = {
     'empty file': (file_is(b''), r'line 5: .*0 bytes'), 'text': (file_is(b'hello'), 'no image'), 'an SVG': (file_is(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), 'no image'),
     'half a PNG': (lambda t, read: file_is(PNG(read)[:len(PNG(read))//2])(t, read), 'line 5: .*(damaged|no image)'),
     'half a JPEG': (lambda t, read: file_is(jpeg()[:200], 'im/3.png')(t, read), 'line 5: .*(damaged|no image)'),
+    'the end of a JPEG': (lambda t, read: file_is(jpeg()[:-9], 'im/3.png')(t, read), r'line 5: .*truncated\)\.\nMend them'),
     'a flipped byte': (lambda t, read: file_is(PNG(read)[:45] + b'\0\1\2' + PNG(read)[48:])(t, read), 'damaged'),
     '32-bit pixels': (lambda t, read: Image.fromarray(np.full((4, 4), 70000, np.int32)).save(read.folder/'im/3.png', format='TIFF'), '32 bits'),
     'floating point': (lambda t, read: Image.fromarray(np.ones((4, 4), np.float32)).save(read.folder/'im/3.png', format='TIFF'), 'floating'),
@@ -586,5 +587,12 @@ def test_train_evaluate_search_on_a_folder_of_ones_own(shapes, tmp_path):
     found = pd.read_csv(tmp_path/'p.csv')
     assert len(found) == len(table) and set(found.prediction) <= set(table.label) and found.confidence.between(0, 1).all()
     assert any(o.startswith('all ') for o in text.splitlines()) and 'worst' in text
+    for i in (3, 4): (shapes.folder/f'im/{i}.png').write_bytes(b'')
+    text = dglit('evaluate', record, where, '--out', tmp_path/'p.csv')
+    again = pd.read_csv(tmp_path/'p.csv')
+    assert '2 of 24 images cannot be read' in text and 'line 5: ' in text and again.index[again.prediction.isna()].tolist() == [3, 4]
+    assert again.drop([3, 4]).prediction.tolist() == found.drop([3, 4]).prediction.tolist()
+    for i in (3, 4): paint(shapes.folder/f'im/{i}.png', COLOURS['blue'])
+    assert dglit('report', tmp_path/'out').split()[-11:-4] == ['n', 'valid', 'valid[worst]', 'test', 'test[worst]', 'vib', '1']
     text = dglit('search', *common, '--each=erm,vib', '--space=lr=1e-3..1e-2', '--space=vib.beta=1e-4..1e-2', '--draws=1', '--rule=best:valid[worst]', '--by=valid[worst]', '--out', tmp_path/'runs')
     assert 'by valid[worst]: ' in text and 'vib: Spec(' in text

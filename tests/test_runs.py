@@ -439,6 +439,35 @@ def test_train_saves_what_evaluates(command, tmp_path):
     assert status == 0 and whole.round(1).to_string() in out
 
 
+def test_a_report_of_ones_own(command, tmp_path, done):
+    "Trainings of no table: methods side by side, and what one gains over plain training on the seeds that both have."
+    def own(method, seed, test):
+        spec = Spec('image_groups', 'convnet', method, seed=seed, epochs=1)
+        return replace(done, spec=spec, domains=['valid', 'test'], measured=[dict(epoch=0, valid=90., test=test)])
+    plain, vrex = [83.5, 75.9, 74.7, 10.], [100., 93.7, 77.2]
+    for runs in ([own('erm', *o) for o in enumerate(plain)], [own('vrex', *o) for o in enumerate(vrex)]):
+        for r in runs: (tmp_path/record_name(r.spec)).write_text(r.to_json())
+    status, out, err = command('report', '.')
+    lines = [' '.join(o.split()) for o in out.splitlines()]
+    assert status == 0 and 'plain training 4 90.0 ± 0 61.0 ± 34.2' in lines and 'vrex 3 90.0 ± 0 90.3 ± 11.8' in lines, (out, err)
+    assert 'vrex − plain training, test: +16.5 +17.8 +2.5; mean +12.3, 95% interval −8.8 to +33.3: 0 is inside: not shown' in lines
+    status, _, err = command('report', '.', '--table', 'rcl-table2')
+    assert status == 2 and 'no record of rcl-table2' in err
+
+
+@pytest.mark.parametrize('name', ['train', 'search'])
+def test_help_shows_what_is_in_brackets(name, command):
+    assert 'best:valid[worst]' in command(name, '--help')[1]
+
+
+def test_the_time_left_counts_from_the_start(monkeypatch):
+    from dglit.cli import progress
+    times = iter([0, 10, 130, 140])
+    monkeypatch.setattr('time.time', lambda: next(times))
+    left = progress(4)
+    assert left(1) == '(0:30 left)' and left(2) == '(2:10 left)' and left(4) == ''
+
+
 def test_a_diverged_training_does_not_end_well(command):
     status, out, _ = command('train', '--set', 'digits=digits', '--set', 'lr=1e9', '--set', 'epochs=1', '--set', 'bs=64', '--set', 'size=28')
     assert status == 1 and 'diverged' in out

@@ -6,7 +6,7 @@ Docs: https://dglit.github.io/dglit/photographs/image_groups.html.md"""
 
 # %% auto #0
 __all__ = ['SPLITS', 'read_table', 'numbered', 'files_inside', 'named_splits', 'drawn_splits', 'drawn_or_named', 'check_table',
-           'warn_of_repeats', 'warn_of_the_rare', 'photo_loaders', 'image_groups', 'group_table']
+           'warn_of_repeats', 'warn_of_the_rare', 'photo_loaders', 'table_at', 'image_groups', 'group_table']
 
 # %% ../../nbs/photographs/03_image_groups.ipynb #f1a27a97
 import csv, difflib, io, os, re, warnings
@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from fastcore.meta import delegates
 
-from ..core import DataError, DglitError, choose, generator, read_bytes
+from ..core import DataError, DglitError, choose, did_you_mean, generator, read_bytes
 from .images import ImageFiles, pack_images
 from .photo_loader import PhotoLoaders, photo_loader
 
@@ -278,6 +278,25 @@ def _groups(values, y, vocab, cross):
     g[there] = [place[o] for o in zip(y[there].tolist(), g[there].tolist())]
     return g,[f'{vocab[a]}, {names[b]}' for a,b in pairs]
 
+# %% ../../nbs/photographs/03_image_groups.ipynb #mendh002
+def table_at(
+    folder, # Where the images are
+    table:str # A CSV file, from the folder on or from here
+) -> Path:
+    "The path of a table; a `DataError` names what is there in place of a folder or a table that is not."
+    home = Path(folder).expanduser()
+    def some(found): return ', '.join(found[:8]) + ', ...'*(len(found) > 8) or 'none'
+    if not home.is_dir():
+        place = home.absolute().parent
+        beside = sorted(o.name for o in place.glob('*') if o.is_dir())
+        raise DataError(f"there is no folder {home}: {did_you_mean(home.name, beside)}"
+                        f"Folders in {place}: {some(beside)}")
+    for o in (home/table, Path(table).expanduser()):
+        if o.exists() and not o.is_dir(): return o
+    found = sorted(o.name for o in home.glob('*.csv'))
+    raise DataError(f"there is no table {table!r} in {home}, nor here: {did_you_mean(table, found)}"
+                    f"CSV files in {home}: {some(found)}")
+
 # %% ../../nbs/photographs/03_image_groups.ipynb #d7a5d243
 @delegates(photo_loaders, but=['differs'])
 def image_groups(
@@ -296,14 +315,15 @@ def image_groups(
     for o in kwargs: choose(o, list(signature(image_groups).parameters), 'setting')
     if group == label:
         raise DataError(f"group and label are one column, {label!r}: a group is what else an image shows")
-    path = Path(folder).expanduser()/table
-    if not path.is_file(): path = Path(table).expanduser()
-    text = read_table(path)
+    text = read_table(table_at(folder, table))
     def column(name, what): return text[choose(name, {o: o for o in text.columns}, f'column ({what}=)')]
     y,vocab = _labels(column(label, 'label'))
     g,groups = _groups(column(group, 'group'), y, vocab, cross) if group else (np.full(len(y), -1), [])
     if split: parts = named_splits(column(split, 'split'))
     else: parts = drawn_or_named(y, g, groups, valid, test, generator(kwargs.get('seed', 0), 'split'))
+    if split and (lacks := {'train','valid'} - {*parts}):
+        raise DataError(f"no image is in {' or '.join(map(repr, sorted(lacks)))} by column {split!r}: "
+                        "it needs some, or leave split= away, to have one drawn")
     clean = pd.DataFrame(dict(file=column(file, 'file'), y=y, group=g, split=parts))
     if split: clean = clean.sort_values('split', kind='stable')
     return photo_loaders(folder, clean, vocab, groups, **kwargs)

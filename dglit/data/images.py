@@ -63,7 +63,8 @@ def read_image(
     except Image.UnidentifiedImageError: wrong = _is_no_image(path)
     except Image.DecompressionBombError: wrong = 'has too many pixels: shrink it first'
     except DataError as e: wrong = str(e)
-    except Exception as e: wrong = f'is damaged or cut short ({e})' # Pillow raises what it likes
+    except Exception as e: # Pillow raises what it likes
+        wrong = f"is damaged or cut short ({str(e).partition(' (')[0]})"
     raise DataError(f'{path}: {wrong}')
 
 # %% ../../nbs/photographs/01_images.ipynb #fa8638fb
@@ -112,7 +113,7 @@ def _complain(wrong, n, rows):
     more = f'\n  and {len(wrong)-5} more' if len(wrong) > 5 else ''
     hint = ("Mend them, or leave them out with broken='skip'" if len(wrong) < n else
             'Are these the files, and is this the folder that their paths start from?')
-    raise DataError(f"{len(wrong)} of {n} images cannot be read:\n{named}{more}\n{hint}")
+    raise DataError(f"{len(wrong)} of {n} images cannot be read:\n{named}{more}.\n{hint}")
 
 # %% ../../nbs/photographs/01_images.ipynb #bb834ab0
 def pack_images(

@@ -9,13 +9,14 @@ __all__ = ['images_in', 'columns_of', 'network_of', 'record_in', 'answers', 'pre
 
 # %% ../../nbs/foundations/37_new_images.ipynb #9c82a94b
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 
 import pandas as pd
 import torch
 from fastai.learner import Learner
 
-from ..core import DataError, DglitError, choose
+from ..core import DataError, DglitError, choose, shown
 from ..data.image_groups import files_inside, read_table
 from ..data.images import pack_images
 from ..data.leave_one_out import SUFFIXES
@@ -23,6 +24,7 @@ from ..data.photo_loader import PhotoLoaders, photo_loader
 from .record import read_runs
 from .registry import settings_of
 from .run import learner_on
+from .sweep import label as in_short
 from ..learner import load_trained
 from ..learner.saving import read_trained
 
@@ -70,7 +72,7 @@ def network_of(
     files:list, # New images
     rows=None, # What to call each in an error
     cache:str|None=None # See `cache_folder`
-) -> Learner: # Its `dls.valid` has the images, in order
+) -> tuple: # (Learner, whose `dls.valid` has the images in order; of those that are left out, why)
     "The network of a record, on new images."
     runs,weights = read_runs(record), Path(record).with_suffix('')
     if len(runs) != 1: raise DglitError(f'{record} holds {len(runs)} records: give the file of one')
@@ -80,11 +82,12 @@ def network_of(
     if not (weights/'description.json').is_file():
         raise DglitError(f'{weights} has no weights: train with --out, and keep them beside the record')
     classes = read_trained(weights)[0]['classes']
-    images,*_ = pack_images(files, spec.data['size'], spec.data['resize'], cache, rows=rows)
+    images,wrong,_ = pack_images(files, spec.data['size'], spec.data['resize'], cache, 'skip', rows)
+    if wrong: images = images[[i for i in range(len(files)) if i not in wrong]]
     dl = photo_loader(images, torch.zeros(len(images), dtype=torch.long), bs=128, vocab=classes)
     dls = PhotoLoaders(dl, dl, {}, classes, size=spec.data['size'], resize=spec.data['resize'])
     if 'pretrained' in settings_of(spec.model.name, 'model'): spec = replace(spec, pretrained=False)
-    return load_trained(learner_on(dls, spec), weights)
+    return load_trained(learner_on(dls, spec), weights),wrong
 
 # %% ../../nbs/foundations/37_new_images.ipynb #newim01
 def record_in(
@@ -95,8 +98,10 @@ def record_in(
     if not path.is_dir(): return path
     found = sorted(path.glob('*.json'))
     if len(found) == 1 and found[0].name != 'description.json': return found[0]
+    few = [(o.name, read_runs(o, [])) for o in found[:5]]
+    few = ';\n'.join(f'  {in_short(runs[0].spec)}: {name}' for name,runs in few if runs)
     raise DglitError(f"{path} holds {len(found)} files that end in .json: give the record, of those that "
-                     "dglit train --out wrote")
+                     f"dglit train --out wrote{':' if few else ''}\n{few}{', ...'*(len(found) > 5)}")
 
 # %% ../../nbs/foundations/37_new_images.ipynb #fc16aba8
 @torch.no_grad()
@@ -123,16 +128,23 @@ def predictions(
         both = (table.label != '') & (table.group != '')
         table['group'] = (table.label + ', ' + table.group).where(both, '')
     rows = [f'line {o}' for o in table.index] if Path(where).is_file() else None
-    learn = network_of(record, files_inside(folder, table.file), rows)
+    learn,wrong = network_of(record, files_inside(folder, table.file), rows)
+    if wrong:
+        first = '\n'.join(f'  {rows[i]}: {o}' if rows else f'  {o}' for i,o in [*wrong.items()][:5])
+        print(shown(f'{len(wrong)} of {len(table)} images cannot be read, and get no prediction:\n{first}'))
     y,p = answers(learn)
-    return table.assign(prediction=[learn.dls.vocab[i] for i in y.tolist()], confidence=p.numpy().round(4))
+    read = [i not in wrong for i in range(len(table))]
+    table = table.assign(prediction='', confidence=nan)
+    table.loc[read, 'prediction'] = [learn.dls.vocab[i] for i in y.tolist()]
+    table.loc[read, 'confidence'] = p.double().numpy().round(4)
+    return table
 
 # %% ../../nbs/foundations/37_new_images.ipynb #e59f8b1c
 def accuracy_by_group(
     table:pd.DataFrame # From `predictions`
 ) -> pd.DataFrame: # `accuracy` in percent and `n`: of all that have a label, of each group, of the worst
     "How many predictions are right."
-    known = table[table.label != '']
+    known = table[(table.label != '') & (table.prediction != '')]
     right = (known.label == known.prediction).groupby(known.group)
     each = pd.DataFrame(dict(accuracy=100*right.mean(), n=right.size()))
     whole = pd.DataFrame(dict(accuracy=100*(known.label == known.prediction).mean(), n=len(known)), ['all'])

@@ -72,7 +72,8 @@ class DomainMethod(Method):
         super().after_pred()
         if self.domain is None:
             raise DglitError(f"{type(self).__name__} needs batches (x, y, domain), these are (x, y): "
-                             "give each example the number of its domain, as colored_mnist does")
+                             "give each example the number of its domain, as colored_mnist and "
+                             "image_groups(group=...) do")
 
     @property
     def domain_ids(self): return self.domain.unique()

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from ..core import DglitError, choose
+from ..core import DglitError, did_you_mean
 
 # %% ../../nbs/photographs/09_backbones.ipynb #7c0a9086
 class Normalize(nn.Module):
@@ -39,10 +39,14 @@ def _timm():
         raise DglitError("timm is not installed: pip install 'dglit[photos]', or take name='resnet18'") from e
     return timm
 
+def _known(name):
+    if name in MAKERS or name in (names := _timm().list_models()): return
+    raise DglitError(f"unknown network {repr(name)[:80]}: {did_you_mean(name[:80], MAKERS, names)}"
+                     f"There are: {', '.join(MAKERS)}, or any name of timm's")
+
 def _of_timm(name, pretrained):
-    timm = _timm()
-    choose(name, [*MAKERS, *timm.list_models()], 'network')
-    net = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    _known(name)
+    net = _timm().create_model(name, pretrained=pretrained, num_classes=0)
     return net,net.head_hidden_size,Normalize(net.pretrained_cfg['mean'], net.pretrained_cfg['std'])
 
 # %% ../../nbs/photographs/09_backbones.ipynb #4dc72242
@@ -96,8 +100,7 @@ class Backbone(nn.Module):
     @staticmethod
     def check(name:str='resnet50', **settings):
         "A `DglitError` for a name that no network has, as far as it can be told without building one."
-        if name in MAKERS or not find_spec('timm'): return
-        choose(name.removeprefix('timm/'), [*MAKERS, *_timm().list_models()], 'network')
+        if find_spec('timm'): _known(name.removeprefix('timm/'))
 
     def train(self, mode=True): # a frozen body keeps its statistics, too
         super().train(mode)
