@@ -581,7 +581,7 @@ def test_train_evaluate_search_on_a_folder_of_ones_own(shapes, tmp_path):
     data = [f'--set={o}' for o in (f'folder={shapes.folder}', 'group=group', 'split=part', 'size=32', 'bs=8', 'epochs=2', 'precision=fp32')]
     common = ['--data=image_groups', *data, '--model=backbone', '--set=name=test_resnet']
     text = dglit('train', *common, '--method=vib', '--rule=best:valid[worst]', '--out', tmp_path/'out')
-    assert 'a red' in text and 'train  valid  test' in text and 'steps are few to learn from' in text and ' left)' in text
+    assert 'a red' in text and 'train  valid  test' in text and 'steps are few to learn from' in text and 'with a pretrained network fewer do' in text and ' left)' in text
     record = next((tmp_path/'out').glob('*.json'))
     text = dglit('evaluate', record, where, '--out', tmp_path/'p.csv')
     found = pd.read_csv(tmp_path/'p.csv')
