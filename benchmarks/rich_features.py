@@ -124,16 +124,18 @@ def begin():
 def write_tables(folder, results):
     "Curves, thinned out, and what the rounds of discovery answer."
     import pandas as pd
-    order, curves, rounds = list(COLUMNS), [], {}
+    order, curves, rounds = list(COLUMNS), [], []
     found = sorted((json.loads(f.read_text()) for f in Path(folder).glob('*.json')), key=lambda o: (order.index(o['column']), o['method'], o['seed']))
     for o in found:
         every = 50 if o['steps'] < 1500 else 100 if o['steps'] < 4000 else 500
         kept = [r for r in o['curve'] if r[0] % every == 0 or r is o['curve'][-1]]
         curves += [dict(column=o['column'], method=o['method'], seed=o['seed'], step=r[0], train=r[1], **dict(zip(o['tests'], r[2:]))) for r in kept]
-        world = COLUMNS[o['column']]
-        if o['alone']: rounds[world, o['seed']] = dict(world=world, seed=o['seed'], round1=o['rounds'][0], round2=o['rounds'][1], **o['alone'])
+    for f in sorted(Path(folder).glob('start-*.pt')):
+        _, world, seed = f.stem.split('-')
+        o = torch.load(f)
+        rounds.append(dict(world=world, seed=int(seed), round1=o['rounds'][0], round2=o['rounds'][1], **o['alone']))
     pd.DataFrame(curves).to_csv(Path(results)/'family-rich-features.csv', index=False)
-    pd.DataFrame(rounds.values()).to_csv(Path(results)/'family-rounds.csv', index=False)
+    pd.DataFrame(rounds).to_csv(Path(results)/'family-rounds.csv', index=False)
 
 
 def main():
