@@ -201,6 +201,7 @@ BAD = {
     'size 0': (dict(size=0), 'size 0'), 'unknown resize': (dict(resize='stretch'), 'resize'), 'unknown broken': (dict(broken='ignore'), 'broken'),
     'bs 0': (dict(bs=0), 'bs 0'), 'bs that no group divides': (dict(bs=6, balanced=True), 'multiple of 4'),
     'balanced without groups': (dict(group=None, balanced=True), 'need domains'), 'label is the file': (dict(label='file'), 'column of labels'),
+    'a part by a column and by name': (dict(test='a red'), "split='part' says the parts"),
     'shares above 1': (dict(split=None, valid=.7, test=.4), 'leave some'), 'no validation': (dict(split=None, valid=0), 'above 0'),
     # the text
     'empty table': (text_is(''), 'no rows'), 'header alone': (text_is('file,label,group,part\n'), 'no rows'),
@@ -320,7 +321,7 @@ def test_kinds_that_are_allowed(shapes):
 
 def test_typing_errors_and_sites_of_one_class_are_warned_of(shapes, recwarn):
     shapes(); shapes(group=None); assert not [o for o in recwarn if 'of class' in str(o.message) or 'none in validation' in str(o.message)]
-    with pytest.warns(UserWarning, match=r"class 'bb' has 1 image\(s\), none in validation \(line 5\): a typing error for 'b'\?"): shapes(setting('label', 3, 'bb'), group=None)
+    with pytest.warns(UserWarning, match=r"class 'bb' has 1 image\(s\), none in validation \(line 5\): did you mean 'b'\?"): shapes(setting('label', 3, 'bb'), group=None)
     sites = lambda z: lambda t: t.assign(group=[z if i % 4 == 0 else 'xy'[i//4 % 2] for i in range(24)])
     shapes(sites('x')); assert not [o for o in recwarn if 'of class' in str(o.message)]
     with pytest.warns(UserWarning, match=r"all 6 image\(s\) of group 'z' are of class 'a'"): shapes(sites('z'))

@@ -9,7 +9,7 @@ __all__ = ['SPLITS', 'read_table', 'numbered', 'files_inside', 'named_splits', '
            'warn_of_repeats', 'warn_of_the_rare', 'photo_loaders', 'table_at', 'image_groups', 'group_table']
 
 # %% ../../nbs/photographs/03_image_groups.ipynb #f1a27a97
-import csv, difflib, io, os, re, warnings
+import csv, io, os, re, warnings
 from decimal import Decimal
 from inspect import signature
 from pathlib import Path, PureWindowsPath
@@ -192,10 +192,9 @@ def warn_of_the_rare(
     "A warning of a class without validation, and of a group of one class where most have several."
     for c in sorted({*table.y} - {*table.y[table.split == 'valid']}):
         rows,others = table.index[table.y == c], [o for o in vocab if o != vocab[c]]
-        near = difflib.get_close_matches(vocab[c], others, n=1)
-        hint = f': a typing error for {near[0]!r}?' if near else ''
+        near = did_you_mean(vocab[c], others).strip()
         warnings.warn(f'class {vocab[c]!r} has {len(rows)} image(s), none in validation '
-                      f'(line {rows[0]}){hint}')
+                      f'(line {rows[0]})' + (near and f': {near}'))
     classes = table[table.group >= 0].groupby('group').y.agg(['nunique','first','size'])
     for g,o in classes[classes['nunique'] == 1].iterrows() if (classes['nunique'] > 1).mean() >= .5 else ():
         warnings.warn(f'all {o["size"]} image(s) of group {groups[g]!r} are of class {vocab[o["first"]]!r}: '
@@ -319,6 +318,9 @@ def image_groups(
     def column(name, what): return text[choose(name, {o: o for o in text.columns}, f'column ({what}=)')]
     y,vocab = _labels(column(label, 'label'))
     g,groups = _groups(column(group, 'group'), y, vocab, cross) if group else (np.full(len(y), -1), [])
+    if split and str in map(type, (valid, test)):
+        raise DataError(f"split={split!r} says the parts: leave it away, or the names in "
+                        f"valid={valid!r}, test={test!r}")
     if split: parts = named_splits(column(split, 'split'))
     else: parts = drawn_or_named(y, g, groups, valid, test, generator(kwargs.get('seed', 0), 'split'))
     if split and (lacks := {'train','valid'} - {*parts}):
