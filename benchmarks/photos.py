@@ -15,7 +15,8 @@ from dglit.experiments.spec import Spec
 NETWORKS = 'efficientnet_lite0', 'resnet18'
 CONTENDERS = {'plain training': ('erm', {}), 'VIB': ('vib', {}), 'SCL': ('scl', {}), 'mask alone': ('cim', dict(weight=0.)), 'CIM': ('cim', dict(weight=.01)),
               'CIM + VIB': ('cim+vib', dict(weight=.01)), 'RCL': ('rcl', {}), 'spectral decoupling': ('spectral_decoupling', {}), 'SAM': ('sam', {}),
-              'GroupDRO': ('group_dro', {}), 'IRM': ('irm', {}), 'V-REx': ('vrex', {}), 'Fishr': ('fishr', {}), 'CORAL': ('coral', {}), 'DANN': ('dann', {})}
+              'GroupDRO': ('group_dro', {}), 'IRM': ('irm', {}), 'V-REx': ('vrex', {}), 'Fishr': ('fishr', {}), 'CORAL': ('coral', {}), 'DANN': ('dann', {}),
+              'MMD': ('mmd', {}), 'BIRM': ('birm', {}), 'RSC': ('rsc', {}), 'jigsaw': ('jigsaw', {}), 'edges': ('edges', {}), 'mixup': ('mixup', {})}
 FIRST = 2  # steps that are not timed
 
 

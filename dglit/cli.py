@@ -346,7 +346,8 @@ def search(
 @app.command()
 def report(
     path: Annotated[str, typer.Argument(help='A folder of records, or a .jsonl file.')],
-    table: REPORTED = '', out: FOLDER = ''):
+    table: REPORTED = '', out: FOLDER = '',
+    rule: Annotated[str, typer.Option(help="Of one's own trainings, the epoch to read.")] = 'best:valid'):
     "The table that records make: beside the published one, also as Markdown, CSV, PNG; or of one's own."
     from pathlib import Path
     from dglit.core import DglitError, choose
@@ -363,7 +364,7 @@ def report(
                          f"`dglit reproduce` wrote{'' if table else ', or `dglit train --out`'}")
     if tables: folder = writable(out or (path if os.path.isdir(path) else Path(path).parent))
     for t in tables: print_report(t, runs, folder)
-    if not tables and any(r.status == 'done' for r in runs): print_own(runs)
+    if not tables and any(r.status == 'done' for r in runs): print_own(runs, rule)
     for r in runs:
         if r.status != 'done':
             tell(f"{label(r.spec)}: {r.status} {''.join(r.error.splitlines()[-1:])}")

@@ -21,7 +21,7 @@ SETTINGS = dict(
     nb_execution_mode='off', nb_ipywidgets_js={}, nb_render_markdown_format='myst',
     myst_enable_extensions=['dollarmath', 'attrs_inline', 'deflist'], myst_heading_anchors=4,
     html_theme='furo', html_title=WEBSITE['title'], html_favicon=str(STATIC/'favicon.svg'),
-    html_static_path=[str(STATIC)], html_css_files=['site.css'], html_js_files=['search.js'],
+    html_static_path=[str(STATIC)], html_css_files=['site.css'], html_js_files=['search.js', 'menu.js'],
     html_use_index=False, html_copy_source=False, html_show_sourcelink=False, html_show_copyright=False,
     html_theme_options=dict(source_repository='https://github.com/dglit/dglit', dark_css_variables=DARK))
 WIDE = 620  # a picture of more pixels is not made smaller than is legible on a telephone, but scrolls

@@ -178,6 +178,23 @@ def test_the_search_finds(browser, query, href):
     page.context.close()
 
 
+@needs_browser
+def test_a_result_shows_the_words(browser):
+    "Where the page has most of them, code left out."
+    page, _ = opened(browser, f"search.html?q={quote('accumulation batch memory')}", 1300)
+    first = page.wait_for_selector('#search-results li:has(a[href*="gpu_and_cluster"]) p.context').inner_text().lower()
+    assert sum(o in first for o in ('accumulat', 'batch', 'memor')) >= 2, first
+    page.context.close()
+
+
+@needs_browser
+def test_the_menu_begins_where_the_page_stands(browser):
+    page, _ = opened(browser, 'family/tables.html', 1300)
+    top = page.evaluate("document.querySelector('.sidebar-tree .current-page').getBoundingClientRect().top")
+    assert 0 < top < 800
+    page.context.close()
+
+
 def test_no_link_stands_in_a_link(site, pages):
     "A symbol in backquotes is a link already: brackets round it would be read as they are."
     for name in pages: assert not re.search(r'\]\([\w./#-]+\.ipynb', re.sub('<[^>]*>', '', (site/name).read_text(encoding='utf-8'))), name

@@ -160,13 +160,14 @@ class DomainLoaders(DataLoaders):
     "fastai `DataLoaders` with `.tests`, a dict of test domains by name."
     n_inp = 1
     def __init__(self,
-        train, # Loader of the training data
+        train, # Loader of the training data: ours, fastai's or PyTorch's
         valid, # Loader of the validation data, which looks like the training data
         tests:dict, # Name of each test domain -> its loader
         vocab=None, # Names of the classes
         path='.' # Where a `Learner` on these loaders saves
     ):
-        super().__init__(train, valid, *tests.values(), path=path, device=train.device)
+        super().__init__(train, valid, *tests.values(), path=path,
+                         device=getattr(train, 'device', None)) # PyTorch's own loaders have none
         self.tests,self.vocab = dict(tests),list(vocab or [])
         self.c = len(self.vocab)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from io import BytesIO
 from math import nan
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -139,8 +140,8 @@ def plus_minus(mean, std=nan) -> str:
 
 # %% ../../nbs/foundations/31_tables.ipynb #signed31
 def signed(d):
-    "With its sign, and never -0.0."
-    return f'{round(d, 1) + 0:+.1f}'.replace('-', '−')
+    "With its sign; of what rounds to 0, none."
+    return f'{d:+.1f}'.replace('-', '−') if round(d, 1) else '0.0'
 
 # %% ../../nbs/foundations/31_tables.ipynb #0094e8f7
 def as_cells(o, name):
@@ -234,7 +235,7 @@ def made_on(runs:list) -> str:
         kinds.setdefault(key, []).append(r.seconds)
     return '\n'.join([f'{len(runs)} runs:', *(
         f"- {len(s)} on {on} ({versions}), {' to '.join(dict.fromkeys(map(lasted, (min(s), max(s)))))}"
-        for (on,versions),s in kinds.items())])
+        + f', median {lasted(median(s))}'*(len(s) > 2) for (on,versions),s in kinds.items())])
 
 # %% ../../nbs/foundations/31_tables.ipynb #14806207
 def changes_between(

@@ -67,7 +67,7 @@ def check_batch(
 # %% ../../nbs/foundations/22_learner.ipynb #5fa782c0
 def domain_learner(
     dls, # `DomainLoaders`, or any fastai `DataLoaders`, of PyTorch's own loaders too
-    model, # A model with a `body` (features) and a `head` (classifier)
+    model, # Any; methods on features take the input of its `head`, or of its last linear layer
     methods=(), # A method such as `RCL()`, or a list of them; none is ERM
     rule:str='best:valid', # Which epoch's weights to keep: see `select_epoch`
     loss_func=None, # Default: cross-entropy

@@ -6,9 +6,9 @@ Docs: https://dglit.github.io/dglit/family/rows.html.md"""
 
 # %% auto #0
 __all__ = ['WORLD', 'BOTTLENECK', 'FAMILY_RECIPE', 'SEARCHES', 'LABELS', 'AC_CMNIST', 'FAMILY_SEARCH', 'FEW', 'FAMILY_FEW',
-           'FAMILY_PAIR', 'FAMILY_PAIR_M', 'IRM_10', 'IB_1', 'FAMILY_FULL', 'TABLES', 'RFC_WORST', 'UNIT_TESTS',
-           'family_spec', 'official', 'family_row', 'searched', 'with_bottleneck', 'few_digits', 'worlds', 'pair_table',
-           'full_row', 'rfc_row']
+           'FAMILY_PAIR', 'FAMILY_PAIR_M', 'IRM_10', 'IB_1', 'FAMILY_FULL', 'ANGLES', 'FAMILY_ANGLE', 'TABLES',
+           'RFC_WORST', 'UNIT_TESTS', 'family_spec', 'official', 'family_row', 'searched', 'with_bottleneck',
+           'few_digits', 'worlds', 'pair_table', 'full_row', 'at_new_angle', 'rfc_row']
 
 # %% ../../nbs/family/21_rows.ipynb #9490b2e4
 from math import nan
@@ -143,7 +143,23 @@ FAMILY_FULL = Table('family-full', 'A colour for each class (CS-CMNIST)', "IB-IR
     full_row('erm', 'Plain training (ERM)', (), 60.27, 1.21),
     full_row('ib-erm', 'IB-ERM', [IB_1], 71.80, .69), full_row('irm', 'IRM', [IRM_10], 61.49, 1.45),
     full_row('ib-irm', 'IB-IRM', [IRM_10, IB_1], 71.79, .70)))
-TABLES = (FAMILY_RECIPE, FAMILY_SEARCH, FAMILY_FEW, FAMILY_PAIR, FAMILY_PAIR_M, FAMILY_FULL)
+
+# %% ../../nbs/family/21_rows.ipynb #r0tatd02
+def at_new_angle(name, label, part=()):
+    "A row on digits turned by 0 to 60 degrees in training and by 75 at test."
+    spec = Spec(Part('rotated_mnist', test_angle=75), Part('mlp', hidden=[128, 64]), part, epochs=3, bs=100,
+                opt='adam', lr=1e-3, wd=0.)
+    return Row(name, label, spec, {'valid': Published(), 'test': Published()}, 'last')
+
+ANGLES = dict(coral=('CORAL', 'weight', (.1, 1., 10.), {}), mmd=('MMD', 'weight', (.1, 1., 10.), {}),
+              dann=('DANN', 'strength', (.01, .1, 1.), {}),
+              irm=('IRM', 'weight', (.1, 1., 10.), dict(anneal_steps=100)),
+              vrex=('V-REx', 'weight', (.1, 1., 10.), dict(anneal_steps=100)))
+FAMILY_ANGLE = Table('family-angle', 'Rotated MNIST, 75 degrees left out', 'nowhere', (
+    at_new_angle('erm', 'Plain training (ERM)'),
+    *(at_new_angle(f'{k}-{v:g}', f'{label}, {knob} {v:g}', Part(k, **{knob: v}, **more))
+      for k,(label,knob,values,more) in ANGLES.items() for v in values)))
+TABLES = (FAMILY_RECIPE, FAMILY_SEARCH, FAMILY_FEW, FAMILY_PAIR, FAMILY_PAIR_M, FAMILY_FULL, FAMILY_ANGLE)
 
 # %% ../../nbs/family/21_rows.ipynb #6aa281b2
 def rfc_row(*figures):

@@ -1,6 +1,7 @@
 // Sphinx's search skips numbers, finds nothing where no page has every word, and ranks a page by its best word. Here
 // numbers count, and pages rank by all their words, those with the most first; those with one less come after. Words
-// in a page's title count more, those that Sphinx skips too ("which method"), and words in headings a little.
+// in a page's title count more, those that Sphinx skips too ("which method"), and words in headings a little. Of a page
+// the result shows the paragraph that has most of the words, not code.
 document.addEventListener('DOMContentLoaded', () => {
   if (typeof Search === 'undefined') return;
   if (!new URLSearchParams(location.search).get('q'))
@@ -13,6 +14,18 @@ document.addEventListener('DOMContentLoaded', () => {
     return parsed;
   };
   const stem = new Stemmer(), stems = text => text.toLowerCase().match(/[\w%]+/g)?.map(o => stem.stemWord(o)) || [];
+  Search.makeSearchSummary = (html, keywords) => {
+    const page = new DOMParser().parseFromString(html, 'text/html').querySelector('[role=main]');
+    page.querySelectorAll('.highlight, .headerlink, .math').forEach(o => o.remove());
+    const texts = [...page.querySelectorAll('p, li, td, figcaption')].map(o => o.textContent.trim().replace(/\s+/g, ' '));
+    const places = text => [...keywords].map(o => text.toLowerCase().indexOf(o.toLowerCase())).filter(i => i >= 0);
+    const best = texts.reduce((a, b) => places(b).length > places(a).length ? b : a, '');
+    const start = Math.max(Math.min(...places(best), best.length) - 80, 0);
+    const summary = document.createElement('p');
+    summary.className = 'context';
+    summary.textContent = (start ? '…' : '') + best.slice(start, start + 240) + (start + 240 < best.length ? '…' : '');
+    return best ? summary : null;
+  };
   let asked = [];
   const inTitles = page => {
     const about = stems(page[1]), own = Search._index.docnames.indexOf(page[0]), titles = Search._index.alltitles;
