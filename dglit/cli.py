@@ -354,7 +354,9 @@ def report(
     from dglit.experiments.record import read_runs
     from dglit.experiments.sweep import label, writable
     from dglit.experiments.tables import variants
+    from dglit.learner import parse_rule
     from dglit.papers import TABLES
+    parse_rule(rule)
     tables = [choose(table, TABLES, 'table')] if table else list(TABLES.values())
     runs = read_runs(path, unreadable := [])
     for o in unreadable: tell(o)
