@@ -14,19 +14,26 @@ document.addEventListener('DOMContentLoaded', () => {
     return parsed;
   };
   const stem = new Stemmer(), stems = text => text.toLowerCase().match(/[\w%]+/g)?.map(o => stem.stemWord(o)) || [];
-  Search.makeSearchSummary = (html, keywords) => {
+  let asked = [];
+  const first = text => { // place of the first of each word that was asked for
+    const places = new Map();
+    for (const {0: word, index} of text.toLowerCase().matchAll(/[\w%]+/g)) {
+      const o = stem.stemWord(word);
+      if (asked.includes(o) && !stopwords.has(word) && !places.has(o)) places.set(o, index);
+    }
+    return [...places.values()];
+  };
+  Search.makeSearchSummary = html => {
     const page = new DOMParser().parseFromString(html, 'text/html').querySelector('[role=main]');
     page.querySelectorAll('.highlight, .headerlink, .math').forEach(o => o.remove());
     const texts = [...page.querySelectorAll('p, li, td, figcaption')].map(o => o.textContent.trim().replace(/\s+/g, ' '));
-    const places = text => [...keywords].map(o => text.toLowerCase().indexOf(o.toLowerCase())).filter(i => i >= 0);
-    const best = texts.reduce((a, b) => places(b).length > places(a).length ? b : a, '');
-    const start = Math.max(Math.min(...places(best), best.length) - 80, 0);
+    const [most, text] = texts.reduce(([most, text], o) => first(o).length > most ? [first(o).length, o] : [most, text], [0, '']);
+    const start = most ? Math.max(Math.min(...first(text)) - 80, 0) : 0;
     const summary = document.createElement('p');
     summary.className = 'context';
-    summary.textContent = (start ? '…' : '') + best.slice(start, start + 240) + (start + 240 < best.length ? '…' : '');
-    return best ? summary : null;
+    summary.textContent = (start ? '…' : '') + text.slice(start, start + 240) + (start + 240 < text.length ? '…' : '');
+    return summary;
   };
-  let asked = [];
   const inTitles = page => {
     const about = stems(page[1]), own = Search._index.docnames.indexOf(page[0]), titles = Search._index.alltitles;
     const headings = Object.keys(titles).filter(o => titles[o].some(([doc]) => doc === own)).flatMap(stems);
