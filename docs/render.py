@@ -60,6 +60,9 @@ def heading(markdown, module):
     return f"{head}\n\n{re.sub(r'{.*}', '{.source}', link)}"
 
 
+def unquoted(text): return yaml.safe_load(text) if text[:1] in ('"', "'") else text
+
+
 def picture(shown, options):
     "What myst-nb is to know of a cell's picture: caption, words, and its width as drawn, whatever its resolution."
     data = next((d for o in shown['outputs'] if 'image/png' in (d := o.get('data', {}))), None)
@@ -67,8 +70,8 @@ def picture(shown, options):
     drawn = re.match(r'<Figure size (\d+)x', ''.join(data.get('text/plain', '')))
     pixels = struct.unpack('>I', base64.b64decode(''.join(data['image/png']))[16:20])[0]
     width = min(pixels, int(drawn[1])) if drawn else pixels
-    caption = options.get('fig-cap', '').strip('"')
-    about = dict(image=dict(alt=options.get('fig-alt', caption).strip('"'), width=f'{width}px',
+    caption = unquoted(options.get('fig-cap', ''))
+    about = dict(image=dict(alt=unquoted(options.get('fig-alt', caption)), width=f'{width}px',
                             classes='wide' if width > WIDE else 'narrow'))
     if caption: about['figure'] = dict(caption=caption)
     shown['metadata']['mystnb'] = about

@@ -22,7 +22,7 @@ from dglit.papers import SEARCHES, TABLES
 sys.path.insert(0, str(Path(__file__).parent.parent/'docs'))
 from claims import claims
 
-DRAWN = ('colored_mnist', 'background_mnist', 'colored_mnist_three', 'full_colored_mnist')  # each seed draws data of its own
+DRAWN = ('colored_mnist', 'background_mnist', 'colored_mnist_three', 'full_colored_mnist', 'rotated_mnist')  # each seed draws data of its own
 RESULTS = Path(__file__).parent.parent/'nbs'/'results'
 FILES = {t: f for t in TABLES if (f := RESULTS/f'{t}.jsonl').exists()}
 RUNS = {t: read_runs(f) for t, f in FILES.items()}

@@ -104,7 +104,7 @@ def opened(browser, name, width, scheme='light'):
 
 
 LOOKED_AT = ['index.html', 'rcl/story.html', 'rcl/loss.html', 'irm/penalty.html', 'cim/table.html', 'foundations/style.html',
-             'guides/glossary.html']
+             'guides/glossary.html', 'guides/what_reproduces.html']
 
 
 @needs_browser

@@ -1,4 +1,4 @@
-"""Why plain training fails, and three methods that fail less, within two minutes.
+"""Why plain training fails, and what fails less, within two minutes: RCL, IRM, and CIM's mask.
 
 Docs: https://dglit.github.io/dglit/foundations/demo.html.md"""
 
