@@ -24,7 +24,7 @@ def parse_rule(
     if rule.startswith('best:'):
         if (domain := rule.removeprefix('best:')).partition('[')[0] in VALIDATION: return 'best', domain
         raise DglitError(f"rule {rule!r}: a rule looks at validation data alone. Give best:valid, "
-                         "best:balanced, or a group of them such as best:valid[worst]")
+                         "best:balanced, best:augmented, or a group of them such as best:valid[worst]")
     if rule.startswith('early-stop@'):
         try: percent = float(rule.removeprefix('early-stop@'))
         except ValueError: percent = -1.
