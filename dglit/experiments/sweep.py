@@ -268,7 +268,8 @@ def sweep(
     writable(folder, len(missing))
     for s in missing: # digits that are missing are an error now
         if 'digits' in settings_of(s.data.name, 'dataset'): digits_of(s.data['digits'])
-    there,threads = len(runs) - len(missing),None if backend == 'dask' else max(1, cpu_count()//jobs)
+    there,share = len(runs) - len(missing),min(cpu_count()//jobs, torch.get_num_threads())
+    threads = None if backend == 'dask' else max(1, share)
     try:
         with workers(backend, address, jobs) as each:
             _tidy(folder)
