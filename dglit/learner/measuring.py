@@ -19,10 +19,8 @@ def evaluate(
 ) -> pd.DataFrame: # `accuracy` in percent, and `n`, of 'valid', 'valid[0]', ..., 'valid[worst]', tests
     "Accuracy on the validation data and on every test domain."
     loaders = getattr(learn.dls, 'domains', dict(valid=learn.dls.valid))
-    rows = {}
-    for name,dl in loaders.items():
-        if hasattr(learn.model, 'restart'): learn.model.restart() # what adapts at test time begins anew
-        with learn.no_bar(): rows |= answers_on(learn, name, dl)
+    with learn.no_bar():
+        rows = {k: v for name,dl in loaders.items() for k,v in answers_on(learn, name, dl).items()}
     table = pd.DataFrame({k: dict(accuracy=percent(right), n=len(right))
                           for k,right in rows.items()}).T.astype(dict(n=int))
     return table.rename_axis('domain')

@@ -115,6 +115,7 @@ def answers_on(
 ) -> dict: # From `by_group`
     "One pass over a loader: which answers are right, in all and in each group."
     looking = Answers()
+    if hasattr(learn.model, 'restart'): learn.model.restart() # what adapts at test time begins anew
     taken = [] if any(isinstance(o, TakeDomain) for o in learn.cbs) else [TakeDomain()]
     learn.get_preds(dl=dl, inner=inner, reorder=False, act=noop, cbs=[*taken, looking])
     if not looking.right: raise DglitError(f"the loader of {name!r} is empty: needed at least one example")
