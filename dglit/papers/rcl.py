@@ -72,6 +72,12 @@ RCL_OPEN_POINTS = Table('rcl-open-points', 'Readings of the RCL paper', 'Duboudi
     reading('batch-inf', 'm = ∞: extremes over the whole batch', 'rcl-inf', rcl_spec(per='batch')),
     reading('channel-0.9', 'm = 0.9: extremes per channel', 'rcl-0.9', rcl_spec(.9, per='channel')),
     reading('channel-inf', 'm = ∞: extremes per channel', 'rcl-inf', rcl_spec(per='channel')),
+    *(reading(f'channel-{m}', f'm = {m}: extremes per channel', f'rcl-{m}', rcl_spec(m, per='channel'))
+      for m in (.8,.6)),
+    reading('batch-0.8', 'm = 0.8: extremes over the whole batch', 'rcl-0.8', rcl_spec(.8, per='batch')),
+    reading('range-0.8', 'm = 0.8: images in [0, 1]', 'rcl-0.8', rcl_spec(.8, low=0.)),
+    *(reading(f'lr-{lr:g}-0.8', f'm = 0.8: learning rate {lr:g}', 'rcl-0.8', rcl_spec(.8, lr=lr))
+      for lr in (3e-4,3e-3)),
     reading('mean-inf', 'm = ∞: mean in place of sum', 'rcl-inf', rcl_spec(weight=1/3200)),
     reading('dropout-unscaled', 'Dropout: what is left is not scaled up', 'dropout',
             Spec(methods='dropout', rescale=False)),
