@@ -109,7 +109,7 @@ def fit(
 ) -> Run:
     "Train the Learner as `spec` says, and record it."
     start,epochs = time.perf_counter(), spec.recipe.epochs
-    if learn.dls.device.type == 'cpu': keep_memory()
+    if learn.dls.device.type == 'cpu': keep_memory(); torch.set_flush_denormal(True)
     cbs = [EachEpoch(each_epoch)] if each_epoch else []
     with learn.no_bar(), learn.no_logging(), true_float32():
         SCHEDULES[spec.recipe.schedule](learn, epochs, cbs=cbs)
