@@ -141,7 +141,7 @@ VALID = SUMMARY[SUMMARY.domain == 'valid'].set_index('row')
 
 
 def test_every_row_has_runs():
-    assert (TEST.n >= 4).all() and (TEST.n[['erm', 'dropout', 'dropout-orthogonality', 'dropout-decov', 'jigsaw']] >= 5).all()
+    assert (TEST.n >= 5).all()
 
 
 def test_plain_training_fails_on_grey(): assert TEST['mean']['erm'] <= 35 and VALID['mean']['erm'] > 99.5
@@ -166,14 +166,14 @@ def test_rcl_comes_first_as_published():
 
 def test_rivals_beat_plain_training_by_little():
     m = TEST['mean'][RIVALS]
-    assert 38 <= m.min() and sorted(m)[-2] < 43 and m.max() < 48 and m.min() > TEST['mean']['erm'] + 9 and m.max() < TEST['mean']['erm'] + 19
+    assert 36 <= m.min() and sorted(m)[-2] < 43 and m.max() < 48 and [round(o - TEST['mean']['erm']) for o in (m.min(), m.max())] == [8, 19]
     assert abs(TEST['mean']['reconstruction'] - TEST['mean']['erm']) < 4
     assert abs(m['dropout'] - m['dropout-orthogonality']) < 5 and abs(m['dropout'] - m['dropout-decov']) < 5
 
 
 def test_small_margins_are_worse_than_none():
     m = TEST['mean']
-    assert max(m['rcl-0.2'], m['rcl-0.4']) < min(m['erm'], m['rcl-0.6']) - 8 and m['rcl-0.6'] < m['rcl-0.8'] < m['rcl-0.9'] < m['rcl-0.9-early'] < m['rcl-inf']
+    assert max(m['rcl-0.2'], m['rcl-0.4']) < min(m['erm'], m['rcl-0.6']) - 7 and m['rcl-0.6'] < m['rcl-0.8'] < m['rcl-0.9'] < m['rcl-0.9-early'] < m['rcl-inf']
 
 
 def agreeing(epochs):
@@ -184,25 +184,30 @@ def agreeing(epochs):
 
 
 def test_rows_that_agree_and_rows_that_do_not():
-    far = {'dropout', 'spectral-decoupling-early', 'rcl-0.8', 'erm-original'}
+    far = {'dropout', 'spectral-decoupling-early', 'rcl-0.8', 'rcl-0.9', 'erm-original'}
     assert agreeing(10) == set(TEST.index) - far
-    assert agreeing(6) == set(TEST.index) - (far - {'erm-original'})
-    assert TEST.high['rcl-0.9'] < TEST.published['rcl-0.9'] and round(TEST.difference['rcl-0.9']) == -8
-    assert round(TEST.difference['rcl-0.8']) == -16 and round(TEST.difference['erm-original'], 1) == .8 and VALID['mean']['erm'] > 99.84
+    assert agreeing(6) == set(TEST.index) - (far - {'erm-original', 'rcl-0.9'})
+    *four, fifth = accuracies(T2.row('rcl-0.9'), ALL).grey[:5]
+    assert round(sum(four)/4 - 68.2) == -8 and sum(four)/4 > 68.2 - 2*4 - .1 and round(fifth) == 45
+    assert TEST.high['rcl-0.9'] < TEST.published['rcl-0.9'] and round(TEST.difference['rcl-0.9']) == -11 and round(TEST.difference['rsc']) == -7
+    assert round(TEST.difference['rcl-0.8']) == -14 and round(TEST.difference['erm-original'], 1) == .8 and VALID['mean']['erm'] > 99.84
     assert round(TEST.difference['dropout']) == 7 and round(TEST.difference['spectral-decoupling-early']) == -4
     for r in of('rcl-table2', 'spectral-decoupling'): assert r.measured[0]['valid'] > 95 and 2.5 < r.measured[1]['grey'] - r.measured[0]['grey'] < 6.5
     for r in of('rcl-table2', 'erm-original'): assert r.measured[3]['plain'] < 97.8 <= r.measured[5]['plain']
 
 
 def test_where_the_margins_go():
-    "m = 0.8 does not pass through the paper's point, and smaller margins may stand still at first."
-    for r in of('rcl-table2', 'rcl-0.8'):
-        first = r.curve[r.curve.valid >= 99.5].iloc[0]
-        assert 5 < 55.7 - first.grey < 13.5 and first.grey > r.measured[-1]['grey'] + 4
-    best = [max(zip(r.curve.grey, r.curve.valid)) for r in of('rcl-table2', 'rcl-0.8')]
-    assert sorted(g > 55.5 for g, _ in best) == [False, False, True, True] and all(v < 92 for g, v in best if g > 55.5)
+    "m = 0.8 and 0.9 do not pass through the paper's points, and smaller margins may stand still at first."
+    late = [r.curve[r.curve.valid >= 99.5] for r in of('rcl-table2', 'rcl-0.8')]
+    assert sum(o.empty for o in late) == 1
+    for o in late:
+        if len(o): assert 5 < 55.7 - o.grey.iloc[0] < 13.5 and o.grey.iloc[0] > o.grey.iloc[-1] + 3
+    starts = [r.measured[0] for r in of('rcl-table2', 'rcl-0.8') if r.measured[0]['grey'] > 55.5]
+    assert len(starts) == 3 and all(5 < 100 - o['valid'] < 9 for o in starts)
+    curves = [r.curve for r in of('rcl-table2', 'rcl-0.9')]
+    assert all(c.grey[c.valid >= 99].max() < 68.2 - 6 for c in curves if (c.valid >= 99).any()) and sum(c.grey.max() > 68.2 for c in curves) == len(curves) - 1
     assert sum(r.measured[1]['valid'] < 40 for row in ('rcl-0.4', 'rcl-0.6') for r in of('rcl-table2', row)) == 3
-    for row in ('rcl-0.4', 'rcl-0.6'): assert TEST['std'][row] > 1.8*TEST.published_std[row]
+    assert [round(TEST['std'][row]/TEST.published_std[row], 1) for row in ('rcl-0.6', 'rcl-0.4')] == [1.7, 2.1]
 
 
 def test_the_epoch_matters():
@@ -239,7 +244,7 @@ IRM_TEST, IRM_TRAIN = (IRM[IRM.domain == d].set_index('row') for d in ('test', '
 
 
 def test_irm_has_runs():
-    assert (IRM_TEST.n[['irm', 'erm', 'oracle', 'vrex', 'group-dro']] >= 5).all() and (IRM_TEST.n >= 3).all()
+    assert (IRM_TEST.n[['irm', 'erm', 'oracle', 'vrex', 'group-dro']] == 10).all() and (IRM_TEST.n >= 3).all()
 
 
 def test_irm_finds_the_shape_and_plain_training_does_not():
