@@ -83,7 +83,7 @@ from dglit.models.convnet import *
 from dglit.models.mlp import *
 from dglit.models.transformation import *
 from dglit.papers import SEARCHES, TABLES
-from dglit.papers.cim import CIM_BACKGROUND_MNIST, CIM_SEARCH
+from dglit.papers.cim import CIM_BACKGROUND_MNIST, CIM_SEARCH, CIM_TEN_CLASSES, CIM_TEN_SEARCH
 from dglit.papers.irm import IRM_COLORED_MNIST, IRM_RISKS, IRM_SEARCH
 from dglit.papers.rcl import RCL_OPEN_POINTS, RCL_TABLE2
 from dglit.style import *

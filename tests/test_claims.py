@@ -222,6 +222,7 @@ def test_readings():
     assert round(v['range-0.9']) == 87 and abs(t['range-inf'] - 89.9) < 1.8 and t['range-erm'] < 26 - 4.7
     assert round(t['batch-inf'] - 89.9) == -10
     assert abs(t['channel-inf'] - 89.9) < 1.8 and round(t['channel-0.9'] - 68.2) == 15
+    assert [round(t[f'{o}-0.8'] - 55.7) for o in ('channel', 'batch')] == [17, 20] and v['lr-0.003-0.8'] < 12 and t['lr-0.003-0.8'] < 12
     assert t['mean-inf'] < 40
     assert round(t['dropout-unscaled']) == 21 and round(TEST['mean']['dropout']) == 39 and TEST.n['dropout'] == 5
     for row in ('erm', 'rcl-inf'): assert abs(TEST.difference[row]) < TEST.published_std[row]
