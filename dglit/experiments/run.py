@@ -23,7 +23,7 @@ from ..data.loaders import DomainLoaders, data_hash
 from .record import Run
 from .registry import LOSSES, SCHEDULES
 from .spec import Spec
-from ..learner import BFloat16, StopAtNaN, domain_learner, true_float32
+from ..learner import BFloat16, StopAtNaN, domain_learner, subnormals_as_zero, true_float32
 from ..methods.hooks import EventCallback
 
 # %% ../../nbs/foundations/30_run.ipynb #637e3336
@@ -109,9 +109,9 @@ def fit(
 ) -> Run:
     "Train the Learner as `spec` says, and record it."
     start,epochs = time.perf_counter(), spec.recipe.epochs
-    if learn.dls.device.type == 'cpu': keep_memory(); torch.set_flush_denormal(True)
+    if learn.dls.device.type == 'cpu': keep_memory()
     cbs = [EachEpoch(each_epoch)] if each_epoch else []
-    with learn.no_bar(), learn.no_logging(), true_float32():
+    with learn.no_bar(), learn.no_logging(), true_float32(), subnormals_as_zero():
         SCHEDULES[spec.recipe.schedule](learn, epochs, cbs=cbs)
     return record_of(learn, spec, time.perf_counter() - start)
 

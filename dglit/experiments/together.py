@@ -32,7 +32,7 @@ from .record import Run
 from .run import failed, learner_of, record_of, run
 from .registry import SCHEDULES
 from .sweep import record_name, workers, writable, _finished
-from ..learner import StopAtNaN, TrackDomains, is_right, true_float32
+from ..learner import StopAtNaN, TrackDomains, is_right, subnormals_as_zero, true_float32
 from ..methods.core import Hooked
 
 # %% ../../nbs/foundations/36_together.ipynb #f0abcd9a
@@ -282,7 +282,7 @@ def run_seeds(
     try:
         check_together(learners[0])
         lead = lead_of(specs[0], learners, seeds, **given)
-        with ExitStack() as quiet, true_float32():
+        with ExitStack() as quiet, true_float32(), subnormals_as_zero():
             for o in (lead, *learners):
                 for silent in (o.no_bar(), o.no_logging()): quiet.enter_context(silent)
             SCHEDULES[spec.recipe.schedule](lead, spec.recipe.epochs)
