@@ -6,12 +6,14 @@ Docs: https://dglit.github.io/dglit/cim/rows.html.md"""
 
 # %% auto #0
 __all__ = ['SIGNS', 'WEIGHTS', 'SEARCHES', 'LR', 'CIM_SEARCH', 'CIM_METHODS', 'TABLE4', 'ALPHAS', 'CIM_BACKGROUND_MNIST', 'TEN',
-           'TEN_SEARCHES', 'NETS', 'CIM_TEN_SEARCH', 'CIM_TEN_CLASSES', 'TABLES', 'cim_spec', 'ground_row', 'searches',
-           'searched', 'cim_rows', 'varied', 'at_alpha', 'masked']
+           'TEN_SEARCHES', 'NETS', 'CIM_TEN_SEARCH', 'CIM_TEN_CLASSES', 'TABLES', 'RULES', 'cim_spec', 'ground_row',
+           'searches', 'searched', 'cim_rows', 'varied', 'at_alpha', 'masked', 'picked_by_rules']
 
 # %% ../../nbs/cim/10_rows.ipynb #a45b75df
 from dataclasses import replace
 from math import nan
+
+import pandas as pd
 
 from ..experiments.search import Search, settings_tried
 from ..experiments.spec import Spec
@@ -142,3 +144,20 @@ CIM_TEN_CLASSES = Table('cim-ten-classes', 'CIM on painted backgrounds, ten clas
 # %% ../../nbs/cim/10_rows.ipynb #a5194446
 TABLES = (CIM_TEN_SEARCH, CIM_TEN_CLASSES, CIM_SEARCH, CIM_BACKGROUND_MNIST)
 SEARCHES = SEARCHES | {f'ten-{k}': o for k,o in TEN_SEARCHES.items()}
+
+# %% ../../nbs/cim/10_rows.ipynb #p1ckrul1
+RULES = {'by balanced validation': 'balanced', 'by validation as in training': 'valid',
+         'by the test set (oracle)': 'test'}
+
+def picked_by_rules(
+    table:Table, # Whose rows name the settings
+    searches:dict, # Method: its search; those with runs missing are left out
+    runs:list # `Run`s
+) -> pd.DataFrame: # A line a method, a column a rule
+    "Test accuracy and setting of what each rule picks among a search's runs."
+    label = {r.spec: r.label.split(', ', 1)[-1].replace(' = ', '\u00a0=\u00a0') for r in table.rows}
+    def cells(search):
+        draws,specs = search.table(runs), search.specs()
+        return {rule: f"{draws.test[i]:.1f} ({label[specs[i]]})" for rule,key in RULES.items()
+                for i in [draws[key].idxmax()]}
+    return pd.DataFrame({CIM_METHODS[k]: cells(o) for k,o in searches.items() if not o.missing(runs)}).T
