@@ -140,16 +140,15 @@ def random_signs(
     return (2*draw(torch.randint, 2, shape, rng=rng, device=like.device) - 1).to(like.dtype)
 
 # %% ../../nbs/family/02_head_gradients.ipynb #d5dbb873
-def _mean_of_those(v, there): return (v*there[:,None,None]).sum(0)/there.sum().clamp(min=1)
+def _pooled(h): # one environment, to which all count alike
+    return h._replace(A=h.A.sum(0, keepdim=True)/h.present.sum().clamp(min=1))
 def _product(h, g, probes, rng):
-    pooled = hessian_product(h, _mean_of_those(g, h.present).expand_as(g))
-    return hessian_product(h, g), _mean_of_those(pooled, h.present)
+    all_ = _pooled(h)
+    return hessian_product(h, g), hessian_product(all_, head_gradients(all_))[0]
 def _diagonal(h, g, probes, rng):
     if probes is None: return hessian_diagonal(h), None
-    E,*one = g.shape
-    own,shared = (random_signs((probes, k, *one), g, rng) for k in (E, 1))
-    pooled = probed_diagonal(h, shared.expand(-1, E, -1, -1))
-    return probed_diagonal(h, own), _mean_of_those(pooled, h.present)
+    own,shared = (random_signs((probes, k, *g.shape[1:]), g, rng) for k in (len(g), 1))
+    return probed_diagonal(h, own), probed_diagonal(_pooled(h), shared)[0]
 CURVATURES = dict(product=_product, diagonal=_diagonal)
 
 # %% ../../nbs/family/02_head_gradients.ipynb #31fb899b
