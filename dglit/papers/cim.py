@@ -112,7 +112,7 @@ CIM_BACKGROUND_MNIST = Table('cim-background-mnist', 'CIM on painted backgrounds
 # %% ../../nbs/cim/10_rows.ipynb #e209639a
 TEN = dict(classes=10)
 TEN_SEARCHES = searches(dict(weight=[.01], beta=[1e-5,1e-4,1e-3]), **TEN)
-NETS = [(4,2), (16,1)] # width and depth; elsewhere (16,2)
+NETS = [(4,2), (16,1), (16,3)] # width and depth; elsewhere (16,2)
 
 def masked(width, depth):
     "A mask network alone, and with either sign of the loss."
