@@ -17,6 +17,8 @@ from fastai.optimizer import OptimWrapper
 
 from dglit.core import keep_memory, set_seed, write_whole
 from dglit.data.more_colored_mnist import colored_mnist_three
+from dglit.experiments.run import precision_on
+from dglit.learner.precision import BFloat16
 from dglit.learner.rich_features import TrainOnly, answers_of, discover, fit_plain, stored_features, synthesise
 from dglit.methods.core import TakeDomain
 from dglit.methods.head_gradients import IGA, Fishr
@@ -100,10 +102,11 @@ def on(column, name, seed, args):
     if column in ('frozen', 'inverse'): dls, model = stored_features(model, dls), model.head
     methods, plain = methods_of(args.weight, l2)[name](), name in ('sd', 'erm')
     steps, look = max((o['irm'] if name == 'irm' else o['then'])//args.divide, 2), Worst(max(50//args.divide, 1))
+    half = precision_on(dls.device) == 'bf16' and column in ('rand', 'erm', 'rfc')  # where the whole network is trained
     learn = Learner(dls, model, BCEWithLogitsLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.Adam), lr=LR, wd=l2 if plain else 0.,
-                    cbs=[TakeDomain(), TrainOnly(), look, *([methods] if methods else [])])
+                    cbs=[TakeDomain(), TrainOnly(), look, *([methods] if methods else []), *([BFloat16()] if half else [])])
     with learn.no_bar(), learn.no_logging(): learn.fit(steps)
-    result = dict(column=column, method=name, seed=seed, weight=args.weight, bs=args.bs, steps=steps*args.divide, precision='tf32' if torch.cuda.is_available() else 'fp32', curve=[[r[0]*args.divide, *r[1:]] for r in look.curve],
+    result = dict(column=column, method=name, seed=seed, weight=args.weight, bs=args.bs, steps=steps*args.divide, precision='bf16' if half else 'tf32' if torch.cuda.is_available() else 'fp32', curve=[[r[0]*args.divide, *r[1:]] for r in look.curve],
                   tests=list(dls.tests), seconds=round(time.perf_counter() - begun, 1), rounds=kept.get('rounds'), alone=kept.get('alone'),
                   device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')
     write_whole(path, json.dumps(result) + '\n')
@@ -118,6 +121,7 @@ def names_of(column):
 def begin():
     "One thread; on a card products of matrices have TF32's ten bits."
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
     if torch.cuda.is_available(): torch.set_float32_matmul_precision('high')
 
 
