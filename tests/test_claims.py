@@ -191,6 +191,8 @@ def test_rows_that_agree_and_rows_that_do_not():
     assert round(sum(four)/4 - 68.2) == -8 and sum(four)/4 > 68.2 - 2*4 - .1 and round(fifth) == 45
     assert TEST.high['rcl-0.9'] < TEST.published['rcl-0.9'] and round(TEST.difference['rcl-0.9']) == -11 and round(TEST.difference['rsc']) == -7
     assert round(TEST.difference['rcl-0.8']) == -14 and round(TEST.difference['erm-original'], 1) == .8 and VALID['mean']['erm'] > 99.84
+    ties = [r.curve.grey[r.curve.valid == r.curve.valid.max()] for r in of('rcl-table2', 'spectral-decoupling')]
+    assert {len(o) for o in ties} == {7, 8} and [round(sum(o.iloc[i] for o in ties)/len(ties), 1) for i in (0, -1)] == [47.8, 38.2]
     assert round(TEST.difference['dropout']) == 7 and round(TEST.difference['spectral-decoupling-early']) == -4
     for r in of('rcl-table2', 'spectral-decoupling'): assert r.measured[0]['valid'] > 95 and 2.5 < r.measured[1]['grey'] - r.measured[0]['grey'] < 6.5
     for r in of('rcl-table2', 'erm-original'): assert r.measured[3]['plain'] < 97.8 <= r.measured[5]['plain']
