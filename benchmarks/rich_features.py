@@ -67,7 +67,7 @@ def start(world, seed, args):
     if path.exists(): return
     dls = loaders(world, seed, args)
     steps, net = [max(s//args.divide, 2) for s in o['steps']], partial(network, dls)
-    fit = dict(lr=LR, l2=o['l2']/2, seed=seed)  # of a mean over the environments
+    fit = dict(lr=LR, l2=o['l2'], seed=seed)
     found = discover(dls, net, 2, tuple(steps[:2]), **fit)
     y = dls.train.dataset.tensors[1].bool()
     rounds = [round(100*(r == y).double().mean().item(), 2) for r in found]
@@ -98,12 +98,13 @@ def on(column, name, seed, args):
     model, l2 = network(dls).to(dls.device), o['l2']
     kept = torch.load(Path(args.folder)/f'start-{world}-{seed}.pt') if column in ('rfc', 'frozen', 'inverse') else {}
     if kept: model.load_state_dict(kept['model'])
-    if column == 'erm': fit_plain(dls, model, (), max(PRETRAINED//args.divide, 2), LR, l2/2)
+    if column == 'erm': fit_plain(dls, model, (), max(PRETRAINED//args.divide, 2), LR, l2)
     if column in ('frozen', 'inverse'): dls, model = stored_features(model, dls), model.head
-    methods, plain = methods_of(args.weight, l2)[name](), name in ('sd', 'erm')
+    methods = methods_of(args.weight, l2)[name]()
     steps, look = max((o['irm'] if name == 'irm' else o['then'])//args.divide, 2), Worst(max(50//args.divide, 1))
     half = precision_on(dls.device) == 'bf16' and column in ('rand', 'erm', 'rfc')  # where the whole network is trained
-    learn = Learner(dls, model, BCEWithLogitsLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.Adam), lr=LR, wd=l2 if plain else 0.,
+    wd = dict(erm=2*l2, sd=l2).get(name, 0.)  # plain training's risk is a mean there, too; the others' are sums
+    learn = Learner(dls, model, BCEWithLogitsLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.Adam), lr=LR, wd=wd,
                     cbs=[TakeDomain(), TrainOnly(), look, *([methods] if methods else []), *([BFloat16()] if half else [])])
     with learn.no_bar(), learn.no_logging(): learn.fit(steps)
     result = dict(column=column, method=name, seed=seed, weight=args.weight, bs=args.bs, steps=steps*args.divide, precision='bf16' if half else 'tf32' if torch.cuda.is_available() else 'fp32', curve=[[r[0]*args.divide, *r[1:]] for r in look.curve],
