@@ -328,8 +328,12 @@ def search(
     from dglit.papers import SEARCHES
     if name and (each or space or set_ or method):
         raise DglitError(f"search {name!r} has a space and methods of its own: leave the options or the name")
+    if each and method: raise DglitError(f"--each {each} names the methods: leave out --method {method[0]}")
     if each:
         searches = {o: search_of(data, model, o, set_, space, draws, rule, by) for o in each.split(',')}
+        tried = {k for o in searches.values() for k in o.space}
+        if unused := [o for o in space if o.partition('=')[0] not in tried]:
+            raise DglitError(f"space {unused[0]!r}: no method of --each {each} has it")
         specs = list(dict.fromkeys(s for o in searches.values() for s in o.specs()))
         return compare(searches, sweep_with_progress(specs, out, jobs, backend=backend, address=address))
     spec = spec_given(data, model, method, set_)
@@ -366,7 +370,8 @@ def report(
                          f"`dglit reproduce` wrote{'' if table else ', or `dglit train --out`'}")
     if tables: folder = writable(out or (path if os.path.isdir(path) else Path(path).parent))
     for t in tables: print_report(t, runs, folder)
-    if not tables and any(r.status == 'done' for r in runs): print_own(runs, rule)
+    done = [r for r in runs if r.status == 'done']
+    if any(not any(variants(t, [r], TABLES.values()) for t in tables) for r in done): print_own(runs, rule)
     for r in runs:
         if r.status != 'done':
             tell(f"{label(r.spec)}: {r.status} {''.join(r.error.splitlines()[-1:])}")

@@ -697,3 +697,88 @@ def test_two_penalties_are_divided_once(few):
     risks = torch.stack([nn.functional.cross_entropy(z[d == e], y[d == e]) for e in (0, 1)])
     loss = risks.mean() + .01*sum(p.square().sum() for p in fresh.model.parameters()) + 30*irm_penalty(z, y, d) + 50*risks.var(unbiased=False)
     for g, p in zip(torch.autograd.grad(loss/50, list(fresh.model.parameters())), learn.gradient.seen): assert torch.allclose(g, p, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['cim', 'vib'])
+def test_a_model_that_has_the_network_keeps_it(few, name, tmp_path):
+    "Another callback of the kind, or the same model from a file: the trained network, not a second one."
+    learn = fit(learner(few, METHODS[name](), model=MLP(3, 10, 28, hidden=[32])))
+    keys, seen = list(learn.model.state_dict()), learn.get_preds()[0]
+    torch.save(learn.model, tmp_path/'model.pt')
+    learn.model = torch.load(tmp_path/'model.pt', weights_only=False)
+    assert torch.equal(learn.get_preds()[0], seen) and list(learn.model.state_dict()) == keys
+    again = learner(few, METHODS[name](), model=learn.model)
+    assert torch.equal(again.get_preds()[0], seen)
+    assert list(fit(again).model.state_dict()) == keys and not torch.equal(again.get_preds()[0], seen)
+    assert in_optimizer(again) == all_parameters(again)
+
+
+def test_domains_are_not_taken_from_other_loaders(few):
+    "Of two inputs, a class and a domain the third tensor is the class."
+    from dglit.methods.domains import known_domains
+    x = torch.zeros(4, 1)
+    assert known_domains(DataLoader(TensorDataset(x, x, torch.arange(4), torch.arange(4)), n_inp=2)) is None
+
+
+def test_dann_with_domains_that_it_was_not_told_of(few):
+    dann = METHODS['dann']
+    with pytest.raises(DglitError, match=r'tells domains \[0, 1\] apart, the training data have \[0, 2\]'): fit(learner(few, dann(domains=(0, 1)), ids=(0, 2)))
+    learn = fit(learner(few, dann()))
+    learn.dls = learner(few, dann(), ids=(5, 6)).dls
+    with pytest.raises(DglitError, match=r'have \[5, 6\]'): fit(learn)
+
+
+def test_pair_gives_the_optimizer_back(few):
+    learn = fit(learner(few, METHODS['pair'](sgd_lr=.01, anneal_steps=2), opt_func=OPTIMIZERS['torch']))
+    assert isinstance(learn.opt.opt, torch.optim.AdamW)
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=8, show_plot=False)
+    assert isinstance(learn.opt.opt, torch.optim.AdamW)
+
+
+def test_a_loss_that_is_no_number_is_not_another_loss(few):
+    "Head methods check the loss function at the first step, PAIR weighs its parts: neither takes a NaN for a mistake of the user's."
+    for name in ('fishr', 'pair'):
+        learn = learner(few, METHODS[name]())
+        with torch.no_grad(): next(learn.model.parameters()).fill_(float('nan'))
+        fit(learn)
+
+
+def test_the_curve_outlives_lr_find(few):
+    set_seed(0)
+    learn = domain_learner(mnist_mp(few, bs=32, size=28), tiny(), [], 'last')
+    fit(learn, 2)
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=8, show_plot=False)
+    assert len(learn.track_domains.curve) == 2
+    assert len(fit(learn).track_domains.curve) == 1
+
+
+def test_a_mean_of_weights_survives_validation(few):
+    from dglit.learner.averaging import WeightAverage
+    class Looks(Callback):
+        inside = False
+        def after_epoch(self): # of which validation is one
+            if self.inside: return
+            self.inside = True
+            self.learn.validate()
+            self.inside = False
+            counts.append(int(self.weight_average.mean.n_averaged))
+    counts = []
+    learn = learner(few, [WeightAverage(), Looks()])
+    fit(learn, 2)
+    assert counts[1] == 2*counts[0]
+
+
+def test_helpers_see_all_of_the_data(few):
+    "Where training leaves the last short batch out."
+    from dglit.learner.groups import repeat_wrong
+    whole = mnist_mp(few, bs=50, size=28)
+    dls = DomainLoaders.from_tensors(whole.train.dataset.tensors, whole.valid.dataset.tensors, {}, bs=50, vocab=whole.vocab, drop_last=True)
+    assert len(repeat_wrong(dls, tiny().to(dls.device), 1).train.dataset) == 128
+
+
+def test_a_target_too_many_is_said(few):
+    learn = learner(few, METHODS['rcl']())
+    halves = lambda dl: (*dl.dataset.tensors, dl.dataset.tensors[1])
+    learn.dls = DomainLoaders.from_tensors(halves(learn.dls.train), halves(learn.dls.valid), {}, bs=32)
+    learn.loss_func = lambda z, y, d: nn.functional.cross_entropy(z, y)
+    with pytest.raises(DglitError, match='needs one target'): fit(learn)

@@ -453,6 +453,10 @@ def test_a_report_of_ones_own(command, tmp_path, done):
     assert 'vrex − plain training, test: +16.5 +17.8 +2.5; mean +12.3, 95% interval −8.8 to +33.3: 0 is inside: not shown' in lines
     status, _, err = command('report', '.', '--table', 'rcl-table2')
     assert status == 2 and 'no record of rcl-table2' in err
+    rival = replace(done, spec=Spec('mnist_mp', 'convnet', 'erm', seed=9, epochs=1), domains=['valid'], measured=[dict(epoch=0, valid=90.)])
+    (tmp_path/record_name(rival.spec)).write_text(rival.to_json()) # a row of a paper's table does not hide the others
+    out = command('report', '.')[1]
+    assert 'RCL on MNIST-MP' in out and 'vrex − plain training' in out
 
 
 @pytest.mark.parametrize('name', ['train', 'search'])
@@ -477,3 +481,22 @@ def test_a_search_of_ones_own(command):
     settings = [o for k in ('digits=digits', 'hidden=8', 'size=28', 'epochs=1', 'bs=256') for o in ('--set', k)]
     status, out, err = command('search', '--model', 'mlp', *settings, '--space', 'lr=1e-3,1e-2', '--out', 'runs')
     assert status == 0 and 'by valid at last: Spec(' in out, err
+    each = 'search', '--model', 'mlp', *settings, '--each', 'erm,vib', '--space', 'vbi.beta=1e-3,1e-2'
+    status, _, err = command(*each)
+    assert status == 2 and "'vbi.beta=1e-3,1e-2': no method of --each erm,vib has it" in err
+    assert command(*each, '--method', 'cim')[0] == 2
+
+
+def test_a_training_that_diverges_in_its_last_step(digits):
+    spec = Spec('colored_mnist', 'mlp', loss='binary_cross_entropy', bs=None, precision='fp32', epochs=1, lr=1e38, opt='adam')
+    assert run(spec, digits=digits).status == 'diverged'
+
+
+def test_latent_points_of_one_output(digits):
+    from dglit.experiments.latent import latent_points
+    learn = learner_of(Spec('colored_mnist', 'mlp', loss='binary_cross_entropy', bs=None, epochs=1), digits=digits)
+    points = latent_points(learn, n=60)
+    assert points.correct[points.label == 1].any() or points.correct[points.label == 0].all()
+    x, y, *_ = (o[:60] for o in next(iter(learn.dls.valid)))
+    with torch.no_grad(): right = (learn.model.eval()(x).flatten() > 0) == y.bool()
+    assert points.correct.tolist() == right.tolist()

@@ -222,7 +222,9 @@ def from_tensors(cls:DomainLoaders,
 def show_batch(self:TensorLoader, b=None, max_n=9, nrows=1, figsize=None, **kwargs):
     "Show `max_n` images of a batch with their targets."
     x,y = (o[:max_n].cpu() for o in (b or self.one_batch())[:2])
-    rgb = ((x - self.low)/(1-self.low)).expand(-1, max(3, x.shape[1]), -1, -1)
+    rgb = (x - self.low)/(1-self.low)
+    if x.shape[1] == 2: rgb = torch.nn.functional.pad(rgb, (0, 0, 0, 0, 0, 1)) # red and green
+    rgb = rgb.expand(-1, max(3, x.shape[1]), -1, -1)
     show_images(rgb, titles=y.tolist(), nrows=nrows, figsize=figsize or (len(x)/nrows, 1.3*nrows), **kwargs)
 
 # %% ../../nbs/foundations/02_loaders.ipynb #476cdb51

@@ -13,6 +13,7 @@ import torch
 from fastai.callback.hook import hook_output
 from sklearn.manifold import TSNE
 
+from ..learner.tracking import is_right
 from ..methods.core import body_of
 
 # %% ../../nbs/foundations/33_latent.ipynb #35c40c5e
@@ -25,7 +26,7 @@ def latent_points(
     "The body's features of a domain's first `n` images in two dimensions, by t-SNE."
     x,y,*_ = (torch.cat(o)[:n] for o in zip(*learn.dls.domains[domain]))
     with torch.no_grad(), hook_output(body_of(learn.model)) as hook: z = learn.model.eval()(x)
-    f,correct = hook.stored,z.argmax(1) == y
+    f,correct = hook.stored,is_right(z, y)
     points = TSNE(random_state=seed, init='pca').fit_transform(f.flatten(1).cpu().numpy())
     return pd.DataFrame(dict(x=points[:,0], y=points[:,1], label=y.cpu(), correct=correct.cpu()))
 

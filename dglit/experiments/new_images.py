@@ -34,7 +34,8 @@ def images_in(
     classes:list, # Names of the classes
     file:str='file', # Columns of the CSV: the image,
     label:str='label', # ... its class, if there is such a column,
-    group:str='group' # ... and its group
+    group:str='group', # ... and its group
+    must:tuple=() # Which of these columns there have to be, beside the image's
 ) -> tuple: # (folder, table of file, label and group; '' where there is none)
     "The images of a folder or a CSV, and what is known of them."
     where = Path(where).expanduser()
@@ -46,7 +47,8 @@ def images_in(
         labels = [o.parent.name if known else '' for o in found]
         return where,pd.DataFrame(dict(file=[o.as_posix() for o in found], label=labels, group=''))
     text = read_table(where)
-    choose(file, {o: o for o in text.columns}, 'column (--file)')
+    for o,option in ((file, 'file'), *((o, 'label or --group') for o in must if o != file)):
+        choose(o, {o: o for o in text.columns}, f'column (--{option})')
     table = pd.DataFrame(dict(file=text[file], label=text.get(label, ''), group=text.get(group, '')))
     for line,o in table.label[~table.label.isin([*classes, ''])].items():
         raise DataError(f"{where}, line {line}: label {o!r}: the network knows {', '.join(classes)}")
@@ -123,7 +125,7 @@ def predictions(
     weights = record.with_suffix('')
     classes = read_trained(weights)[0]['classes'] if (weights/'description.json').is_file() else []
     names,cross = columns_of(record, **columns)
-    folder,table = images_in(where, classes, **names)
+    folder,table = images_in(where, classes, **names, must=tuple(filter(None, columns.values())))
     if cross: # as in training, a group is a class with its group
         both = (table.label != '') & (table.group != '')
         table['group'] = (table.label + ', ' + table.group).where(both, '')

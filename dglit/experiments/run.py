@@ -12,6 +12,7 @@ __all__ = ['precision_on', 'learner_of', 'learner_on', 'processor', 'machine_of'
 import gc, platform, time, traceback
 from contextlib import suppress
 from importlib.metadata import version
+from math import isfinite
 
 import torch
 from fastai.learner import Learner
@@ -123,7 +124,8 @@ def record_of(
 ) -> Run:
     "What is kept of a training."
     track = learn.track_domains
-    done = bool(track.curve) and track.curve[-1]['epoch'] == spec.recipe.epochs-1
+    done = track.curve and track.curve[-1]['epoch'] == spec.recipe.epochs-1 # and after the last step:
+    done = done and isfinite(track.curve[-1]['valid_loss'])
     return Run(spec, 'done' if done else 'diverged', track.curve, track.domains_measured, round(seconds, 1),
                machine_of(learn), versions(), data_hash(learn.dls))
 

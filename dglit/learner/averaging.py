@@ -28,9 +28,8 @@ class WeightAverage(EventCallback):
         if not 0 <= decay < 1: raise DglitError(f"decay {decay}: needed from 0 to 1, without 1")
         self.decay,self.start,self.mean,self.own = decay,start,None,None
 
-    def before_fit(self):
-        if not hasattr(self.learn, 'lr_finder'): self.mean = self.own = None
     def before_train(self): # back to its own
+        if self.epoch == 0 and not hasattr(self.learn, 'lr_finder'): self.mean = self.own = None
         if self.own is not None: self.model.load_state_dict(self.own)
         self.own = None
 

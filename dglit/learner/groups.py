@@ -28,7 +28,7 @@ def repeat_wrong(
 ) -> DomainLoaders: # With the same validation and test data
     "Training data in which what a model gets wrong is repeated (JTT, Liu et al., 2021)."
     if times < 1: raise DglitError(f"times {times}: needed 1 or more")
-    whole,tensors = dls.train.new(shuffle=False, balanced=False), dls.train.dataset.tensors
+    whole,tensors = dls.train.new(shuffle=False, balanced=False, drop_last=False), dls.train.dataset.tensors
     model.eval()
     with torch.no_grad(): z = torch.cat([model(x).reshape(len(x), -1) for x,*_ in whole]).cpu()
     answer = z.argmax(1) if z.shape[1] > 1 else (z[:,0] > 0).long()

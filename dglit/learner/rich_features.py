@@ -37,7 +37,7 @@ def answers_of(
     dl # Loader of the training data
 ) -> Tensor: # bool [N], in the order of the loader's dataset
     "What a model answers on all of a loader's data."
-    whole = dl.new(shuffle=False, balanced=False)
+    whole = dl.new(shuffle=False, balanced=False, drop_last=False)
     model.eval()
     with torch.no_grad(): return torch.cat([model(x).reshape(len(x)) > 0 for x,*_ in whole])
 
@@ -155,7 +155,7 @@ def stored_features(
     "Loaders of what the body makes of the images."
     body = body_of(model).eval()
     def features(dl):
-        whole = dl.new(shuffle=False, balanced=False)
+        whole = dl.new(shuffle=False, balanced=False, drop_last=False)
         with torch.no_grad(): f = torch.cat([body(x).flatten(1) for x,*_ in whole])
         return TensorDataset(f, *dl.dataset.tensors[1:])
     def loader(dl, **kw): return NumberLoader(features(dl), bs=dl.bs, device=dl.device, seed=dl.seed, **kw)

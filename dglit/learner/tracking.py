@@ -145,7 +145,8 @@ class TrackDomains(Answers):
         self.begun[-1] = self.epoch
         if not self.checked: self.check_rule() # before the first step; who predicts needs no rule
         self.train_right,self.train_targets = [],[]
-        if self.curve and self.epoch <= self.curve[-1]['epoch']: self.curve,self.weights = [],None # a new fit
+        again = self.curve and self.epoch <= self.curve[-1]['epoch'] and not hasattr(self.learn, 'lr_finder')
+        if again: self.curve,self.weights = [],None # a new fit
 
     def due(self, epoch): return epoch is not None and (epoch % self.every == 0 or epoch == self.n_epoch-1)
 

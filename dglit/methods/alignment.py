@@ -53,9 +53,19 @@ class DANN(SideNet, DomainMethod):
         self.strength,self.hidden,self.domains = strength,hidden,domains
 
     make_hook = LastFeatureMethod.make_hook
+    def before_train(self):
+        super().before_train()
+        if self.told is not None: self.check_told()
+
+    def check_told(self):
+        if self.known is None or torch.isin(self.known, self.told.to(self.known)).all(): return
+        raise DglitError(f"DANN tells domains {self.told.tolist()} apart, the training data have "
+                         f"{self.known.tolist()}: name all of them, as in DANN(domains=(0, 1, 2)), in a new DANN")
+
     def make_net(self, features):
         self.told = self.domain.unique() if self.known is None else self.known
         if self.domains: self.told = self.domain.new_tensor(sorted(self.domains))
+        self.check_told()
         if len(self.told) < 2:
             raise DglitError(f"DANN tells domains apart, and the first batch of {len(features)} is all of "
                              f"domain {self.domain[0]}: mix them, as from_tensors(..., balanced=True) does")

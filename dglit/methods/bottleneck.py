@@ -15,7 +15,7 @@ from ..core import DglitError
 from ..losses.birm import birm_penalty
 from ..losses.feature_statistics import feature_variance
 from .core import LastFeatureMethod, step_generator
-from .domains import known_domains
+from .domains import DomainMethod, known_domains
 from .irm import InvarianceMethod
 
 # %% ../../nbs/family/11_bottleneck_methods.ipynb #e1767542
@@ -31,6 +31,12 @@ class IBERM(LastFeatureMethod):
         super().__init__(weight, module)
         self.anneal_steps,self.by_domain = anneal_steps,by_domain
 
+    bring_taker = DomainMethod.bring_taker
+    def after_create(self):
+        if self.by_domain: self.bring_taker()
+    def before_fit(self):
+        super().before_fit()
+        if self.by_domain: self.bring_taker()
     def before_train(self):
         super().before_train()
         self.known = known_domains(self.dls.train)

@@ -38,6 +38,9 @@ def images_of(
 ) -> Tensor: # [N,C,H,W]
     "Images by their places in the data, as the loader would give them."
     if hasattr(dl, 'low'): return dl.create_batch(places)[0] # dglit's own
+    if not hasattr(dl, 'do_batch'):
+        raise DglitError(f"a {type(dl).__name__} of {type(dl).__module__} does not give images by their places: "
+                         "use sample='batch', or fastai's loaders")
     items = dl.do_batch([dl.do_item(i) for i in places.tolist()])
     return dl.after_batch(to_device(items, dl.device))[0].as_subclass(Tensor)
 
@@ -101,6 +104,11 @@ class CIM(ModelMethod, FeatureMethod):
         self.net = self.given or TransformationNetwork(x.shape[1], self.width, self.depth, self.transposed)
         self.learn.model = Front(Mask(self.net), self.model)
         return self.model.front
+
+    def find_in_model(self):
+        masks = (o for o in self.model.modules() if isinstance(o, Mask) and self.given in (None, o.net))
+        if mask := next(masks, None): self.net = mask.net
+        return mask
 
     def make_hook(self): return hook_output(self.added, detach=False) # the batch as it is masked
 

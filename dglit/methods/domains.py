@@ -40,7 +40,7 @@ def known_domains(
 ) -> Tensor|None: # int64 [E], ascending
     "The domains of all of a loader's data, counted when they are new or were changed."
     data = getattr(dl, 'dataset', None)
-    d = (*getattr(data, 'tensors', ()), None, None, None)[2]
+    d = (*getattr(data, 'tensors', ()), None, None, None)[2] if hasattr(dl, 'low') else None
     if d is None: return
     kept = getattr(data, 'known', None)
     if kept is None or kept[0] is not d or kept[1] != d._version:

@@ -50,7 +50,7 @@ class HeadMethod(LastFeatureMethod, InvarianceMethod):
         z = self.pred.detach().float().requires_grad_()
         with torch.enable_grad(): slope, = torch.autograd.grad(self.losses(z, self.y).sum(), z)
         plain = head_batch(z, *self.head()[1:]).r.float()
-        if torch.allclose(slope.reshape(len(z), -1), plain, atol=1e-4): return
+        if torch.allclose(slope.reshape(len(z), -1), plain, atol=1e-4, equal_nan=True): return
         raise DglitError(f"{type(self).__name__} knows the gradient of plain cross-entropy, "
                          f"not of {self.loss_func}: "
                          "use CrossEntropyLossFlat(); for one output BCEWithLogitsLossFlat()")

@@ -61,6 +61,9 @@ class Hooked(EventCallback):
     @property
     def labels(self):
         "The class of each example [N], of targets [N] or [N,1]."
+        if len(self.yb) != 1:
+            raise DglitError(f"{type(self).__name__} needs one target, a class for each example: "
+                             f"these batches have {len(self.yb)}")
         y = self.y.as_subclass(Tensor)
         if y.numel() == len(y): return y.reshape(len(y))
         raise DglitError(f"{type(self).__name__} needs a class for each example, [N] or [N,1]: "

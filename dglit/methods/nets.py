@@ -102,6 +102,9 @@ class ModelMethod(Method):
         raise AttributeError(f"{type(self).__name__} must define extend_model(x), "
                              "which puts its network into the model")
 
+    def find_in_model(self) -> nn.Module|None:
+        "The network, in a model that another such callback has extended; None: there is none."
+
     def after_create(self): self.extend()
     def before_fit(self):
         super().before_fit()
@@ -110,7 +113,9 @@ class ModelMethod(Method):
     def extend(self):
         if self.added is not None and any(o is self.added for o in self.model.modules()): return
         x,device = first_batch(self.dls)[0],next(self.model.parameters()).device
-        with torch.random.fork_rng(devices=[]): self.added = self.extend_model(x)
+        self.added = self.find_in_model()
+        if self.added is None:
+            with torch.random.fork_rng(devices=[]): self.added = self.extend_model(x)
         self.added.to(device)
         self.learn.splitter = partial(split_with, self.learn.splitter, self.added)
         if self.opt is not None: join_last_group(self.opt, self.added.parameters())

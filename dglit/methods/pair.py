@@ -10,6 +10,7 @@ __all__ = ['PAIR']
 # %% ../../nbs/family/12_pair.ipynb #cd3b1d88
 from functools import partial
 
+import numpy as np
 import torch
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
@@ -38,7 +39,7 @@ class PAIR(DomainMethod):
         if len(preference) != 3 or min(preference) <= 0:
             raise DglitError(f"preference {preference}: needed three positive numbers, for risk, IRM, V-REx")
         self.preference,self.anneal_steps,self.eps,self.module = preference,anneal_steps,eps,module
-        self.sgd_lr,self.turned = sgd_lr,False
+        self.sgd_lr,self.turned = sgd_lr,None # `turned`: the Learner's own optimizer, while SGD is in its place
 
     def begun(self): return self.epoch*self.n_iter + self.iter >= self.anneal_steps
     def after_pred(self):
@@ -58,6 +59,7 @@ class PAIR(DomainMethod):
         each = [torch.autograd.grad(l, head, retain_graph=True) for l in o]
         G = torch.stack([torch.cat([g.flatten() for g in gs]) for gs in each]).double()
         numbers = torch.cat([o.detach().double()[:,None], G @ G.T], 1).cpu().numpy() # to the host, once
+        if not np.isfinite(numbers).all(): return o.sum()*float('nan') # diverged: there is nothing to weigh
         losses,gram = numbers[:,0],numbers[:,1:]
         self.alpha,solved = pair_weights(losses, gram, self.preference, self.eps)
         self.failures += not solved
@@ -67,12 +69,23 @@ class PAIR(DomainMethod):
 @patch
 def before_train(self:PAIR):
     super(PAIR, self).before_train()
-    if self.epoch == 0: self.turned = False
+    if self.epoch == 0: self.turn_back()
+
+@patch
+def after_fit(self:PAIR):
+    super(PAIR, self).after_fit()
+    self.turn_back()
+
+@patch
+def turn_back(self:PAIR):
+    "The Learner's own optimizer, once the fit is over."
+    if self.turned is not None: self.learn.opt = self.turned
+    self.turned = None
 
 # %% ../../nbs/family/12_pair.ipynb #311406e7
 @patch
 def before_step(self:PAIR):
     "The authors' second optimizer: momentum 0.9, no weight decay."
-    if self.turned or not self.sgd_lr or not self.begun(): return
+    if self.turned is not None or not self.sgd_lr or not self.begun(): return
     sgd = partial(torch.optim.SGD, momentum=.9)
-    self.learn.opt,self.turned = OptimWrapper(self.splitter(self.model), sgd, lr=self.sgd_lr), True
+    self.turned,self.learn.opt = self.opt,OptimWrapper(self.splitter(self.model), sgd, lr=self.sgd_lr)

@@ -58,6 +58,11 @@ class VIB(ModelMethod, FeatureMethod):
         self.learn.model = replace_module(self.model, layer, self.code)
         return self.code.encoder
 
+    def find_in_model(self):
+        codes = (o for o in self.model.modules() if isinstance(o, NoisyCode) and self.module in (None, o.layer))
+        if code := next(codes, None): self.code = code
+        return code and code.encoder
+
     def make_hook(self): return hook_output(self.added, detach=False)
     def before_batch(self):
         super().before_batch()
