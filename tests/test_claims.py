@@ -141,7 +141,7 @@ VALID = SUMMARY[SUMMARY.domain == 'valid'].set_index('row')
 
 
 def test_every_row_has_runs():
-    assert (TEST.n >= 5).all()
+    assert (TEST.n >= 5).all() and (TEST.n[['erm', 'rcl-0.9', 'rcl-0.9-early', 'rcl-inf']] == 10).all()
 
 
 def test_plain_training_fails_on_grey(): assert TEST['mean']['erm'] <= 35 and VALID['mean']['erm'] > 99.5
@@ -161,19 +161,19 @@ def test_rcl_comes_first_as_published():
     rest = m[[o for o in m.index if not o.startswith('rcl')]]
     assert rest.idxmax() == 'jigsaw-early' and round(rest.max()) == 64 and rest.max() < 2/3*TEST['mean']['erm-original']
     plain, rcl = (accuracies(T2.row(o), ALL).grey for o in ('erm', 'rcl-inf'))
-    assert rcl.min() > 2*plain.max() and rcl.mean() > 3*plain.mean() and plain.max() < 100/3
+    assert rcl.min() > 2*plain.max() and rcl.mean() > 3*plain.mean() and plain.mean() < 100/3
 
 
 def test_rivals_beat_plain_training_by_little():
     m = TEST['mean'][RIVALS]
-    assert 36 <= m.min() and sorted(m)[-2] < 43 and m.max() < 48 and [round(o - TEST['mean']['erm']) for o in (m.min(), m.max())] == [8, 19]
-    assert abs(TEST['mean']['reconstruction'] - TEST['mean']['erm']) < 4
+    assert 36 <= m.min() and sorted(m)[-2] < 43 and m.max() < 48 and [round(o - TEST['mean']['erm']) for o in (m.min(), m.max())] == [10, 21]
+    assert abs(TEST['mean']['reconstruction'] - TEST['mean']['erm']) < 5
     assert abs(m['dropout'] - m['dropout-orthogonality']) < 5 and abs(m['dropout'] - m['dropout-decov']) < 5
 
 
 def test_small_margins_are_worse_than_none():
     m = TEST['mean']
-    assert max(m['rcl-0.2'], m['rcl-0.4']) < min(m['erm'], m['rcl-0.6']) - 7 and m['rcl-0.6'] < m['rcl-0.8'] < m['rcl-0.9'] < m['rcl-0.9-early'] < m['rcl-inf']
+    assert max(m['rcl-0.2'], m['rcl-0.4']) < min(m['erm'], m['rcl-0.6']) - 5 and m['rcl-0.6'] < m['rcl-0.8'] < m['rcl-0.9'] < m['rcl-0.9-early'] < m['rcl-inf']
 
 
 def agreeing(epochs):
@@ -187,9 +187,9 @@ def test_rows_that_agree_and_rows_that_do_not():
     far = {'dropout', 'spectral-decoupling-early', 'rcl-0.8', 'rcl-0.9', 'erm-original'}
     assert agreeing(10) == set(TEST.index) - far
     assert agreeing(6) == set(TEST.index) - (far - {'erm-original', 'rcl-0.9'})
-    *four, fifth = accuracies(T2.row('rcl-0.9'), ALL).grey[:5]
-    assert round(sum(four)/4 - 68.2) == -8 and sum(four)/4 > 68.2 - 2*4 - .1 and round(fifth) == 45
-    assert TEST.high['rcl-0.9'] < TEST.published['rcl-0.9'] and round(TEST.difference['rcl-0.9']) == -11 and round(TEST.difference['rsc']) == -7
+    four = accuracies(T2.row('rcl-0.9'), ALL).grey[:4]
+    assert round(sum(four)/4 - 68.2) == -8 and sum(four)/4 > 68.2 - 2*4 - .1
+    assert TEST.high['rcl-0.9'] < TEST.published['rcl-0.9'] and round(TEST.difference['rcl-0.9']) == -13 and TEST.difference['rcl-0.9'] < -3*4 and round(TEST.difference['rsc']) == -7
     assert round(TEST.difference['rcl-0.8']) == -14 and round(TEST.difference['erm-original'], 1) == .8 and VALID['mean']['erm'] > 99.84
     ties = [r.curve.grey[r.curve.valid == r.curve.valid.max()] for r in of('rcl-table2', 'spectral-decoupling')]
     assert {len(o) for o in ties} == {7, 8} and [round(sum(o.iloc[i] for o in ties)/len(ties), 1) for i in (0, -1)] == [47.8, 38.2]
@@ -207,7 +207,8 @@ def test_where_the_margins_go():
     starts = [r.measured[0] for r in of('rcl-table2', 'rcl-0.8') if r.measured[0]['grey'] > 55.5]
     assert len(starts) == 3 and all(5 < 100 - o['valid'] < 9 for o in starts)
     curves = [r.curve for r in of('rcl-table2', 'rcl-0.9')]
-    assert all(c.grey[c.valid >= 99].max() < 68.2 - 6 for c in curves if (c.valid >= 99).any()) and sum(c.grey.max() > 68.2 for c in curves) == len(curves) - 1
+    there = [c.grey[c.valid >= 99].max() for c in curves if (c.valid >= 99).any()]
+    assert len(there) == 6 and round(68.2 - max(there)) == 5 and sum(c.grey.max() > 68.2 for c in curves) == 7 and len(curves) == 10
     assert sum(r.measured[1]['valid'] < 40 for row in ('rcl-0.4', 'rcl-0.6') for r in of('rcl-table2', row)) == 3
     assert [round(TEST['std'][row]/TEST.published_std[row], 1) for row in ('rcl-0.6', 'rcl-0.4')] == [1.7, 2.1]
 
