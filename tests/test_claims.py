@@ -362,4 +362,4 @@ def test_what_choosing_by_validation_costs():
 def test_how_long_table_2_takes():
     assert len({(s.training, s.seed) for s in specs_of(T2, 10)}) == 150
     cpu, card = ([r.seconds/60 for r in RUNS['rcl-table2'] if (r.machine['device'] == 'cpu') == o] for o in (True, False))
-    assert (round(min(cpu)), round(max(cpu))) == (7, 34) and .35 < min(card) < .5 and 1.4 < max(card) < 1.6
+    assert (round(min(cpu)), round(max(cpu))) == (6, 34) and .35 < min(card) < .5 and 1.4 < max(card) < 1.6

@@ -41,7 +41,7 @@ def reverse_gradient(
 # %% ../../nbs/family/13_alignment.ipynb #2b6cdb44
 class DANN(SideNet, DomainMethod):
     "Domain-adversarial training: features from which a network cannot tell the domain (Ganin et al., 2016)."
-    told = None # The domains that the discriminator tells apart
+    told = checked = None # The domains that the discriminator tells apart; those of the data, once compared
     def __init__(self,
         weight:float=1., # Weight of the discriminator's loss: a number, or a fastai schedule
         strength:float=1., # Of the reversed gradient; 0: the discriminator only looks on
@@ -57,10 +57,12 @@ class DANN(SideNet, DomainMethod):
         super().before_train()
         if self.told is not None: self.check_told()
 
-    def check_told(self):
-        if self.known is None or torch.isin(self.known, self.told.to(self.known)).all(): return
+    def check_told(self): # once for all of the same data
+        if self.known is None or self.known is self.checked: return
+        self.checked = self.known
+        if self.told is self.known or torch.isin(self.known, self.told.to(self.known)).all(): return
         raise DglitError(f"DANN tells domains {self.told.tolist()} apart, the training data have "
-                         f"{self.known.tolist()}: name all of them, as in DANN(domains=(0, 1, 2)), in a new DANN")
+                         f"{self.known.tolist()}: a new DANN with all of them, as DANN(domains=(0, 1, 2))")
 
     def make_net(self, features):
         self.told = self.domain.unique() if self.known is None else self.known

@@ -39,7 +39,7 @@ def images_of(
     "Images by their places in the data, as the loader would give them."
     if hasattr(dl, 'low'): return dl.create_batch(places)[0] # dglit's own
     if not hasattr(dl, 'do_batch'):
-        raise DglitError(f"a {type(dl).__name__} of {type(dl).__module__} does not give images by their places: "
+        raise DglitError(f"a {type(dl).__name__} of {type(dl).__module__} gives no image by its place: "
                          "use sample='batch', or fastai's loaders")
     items = dl.do_batch([dl.do_item(i) for i in places.tolist()])
     return dl.after_batch(to_device(items, dl.device))[0].as_subclass(Tensor)

@@ -39,7 +39,7 @@ class PAIR(DomainMethod):
         if len(preference) != 3 or min(preference) <= 0:
             raise DglitError(f"preference {preference}: needed three positive numbers, for risk, IRM, V-REx")
         self.preference,self.anneal_steps,self.eps,self.module = preference,anneal_steps,eps,module
-        self.sgd_lr,self.turned = sgd_lr,None # `turned`: the Learner's own optimizer, while SGD is in its place
+        self.sgd_lr,self.turned = sgd_lr,None # `turned`: the Learner's optimizer, while SGD has its place
 
     def begun(self): return self.epoch*self.n_iter + self.iter >= self.anneal_steps
     def after_pred(self):
@@ -71,11 +71,13 @@ def before_train(self:PAIR):
     super(PAIR, self).before_train()
     if self.epoch == 0: self.turn_back()
 
+# %% ../../nbs/family/12_pair.ipynb #pa1rturn
 @patch
 def after_fit(self:PAIR):
     super(PAIR, self).after_fit()
     self.turn_back()
 
+# %% ../../nbs/family/12_pair.ipynb #pa1rback
 @patch
 def turn_back(self:PAIR):
     "The Learner's own optimizer, once the fit is over."

@@ -59,8 +59,9 @@ class VIB(ModelMethod, FeatureMethod):
         return self.code.encoder
 
     def find_in_model(self):
-        codes = (o for o in self.model.modules() if isinstance(o, NoisyCode) and self.module in (None, o.layer))
-        if code := next(codes, None): self.code = code
+        codes = (o for o in self.model.modules() if isinstance(o, NoisyCode))
+        code = next((o for o in codes if self.module in (None, o.layer)), None)
+        if code: self.code = code
         return code and code.encoder
 
     def make_hook(self): return hook_output(self.added, detach=False)
