@@ -353,6 +353,7 @@ def report(
     table: REPORTED = '', out: FOLDER = '',
     rule: Annotated[str, typer.Option(help="Of one's own trainings, the epoch to read.")] = 'best:valid'):
     "The table that records make: beside the published one, also as Markdown, CSV, PNG; or of one's own."
+    from dataclasses import replace
     from pathlib import Path
     from dglit.core import DglitError, choose
     from dglit.experiments.record import read_runs
@@ -370,7 +371,7 @@ def report(
                          f"`dglit reproduce` wrote{'' if table else ', or `dglit train --out`'}")
     if tables: folder = writable(out or (path if os.path.isdir(path) else Path(path).parent))
     for t in tables: print_report(t, runs, folder)
-    done = [r for r in runs if r.status == 'done']
+    done = {replace(r.spec, seed=0): r for r in runs if r.status == 'done'}.values() # one of all seeds
     if any(not any(variants(t, [r], TABLES.values()) for t in tables) for r in done): print_own(runs, rule)
     for r in runs:
         if r.status != 'done':
