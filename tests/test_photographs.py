@@ -20,6 +20,7 @@ from dglit.data.leave_one_out import PACS, VLCS, domain_table
 from dglit.data.loaders import data_hash
 from dglit.data.photo_loader import FileLoader, PhotoLoader, crop_at_once, crop_each, random_boxes
 from dglit.data.waterbirds import WATERBIRDS, differences, waterbirds, waterbirds_table
+from dglit.learner.augmented import with_augmented
 from dglit.learner.groups import repeat_wrong
 from dglit.learner.measuring import evaluate
 from dglit.learner.learner import domain_learner
@@ -290,6 +291,7 @@ def test_what_the_disk_does_not_hold(shapes, monkeypatch, capsys, tmp_path):
         b.path = tmp_path; b.export('b.pkl')
         with (again := load_learner(tmp_path/'b.pkl')).no_bar(): assert again.predict(shapes.folder/'im/0.png')[0] in ('a', 'b')
     repeated = repeat_wrong(dls, b.model, 3)
+    assert type(repeated) is type(dls) and (repeated.group_names, repeated.size) == (dls.group_names, dls.size)
     assert len(repeated.train.dataset) >= 8 and isinstance(repeated.train, FileLoader) and next(iter(repeated.train))[0].shape[1:] == (3, 16, 16)
     (shapes.folder/'im/3.png').write_bytes(b'')
     with pytest.raises(DglitError, match='(?s)line 5: .*0 bytes'): shapes(limit=1e-9)
@@ -387,12 +389,17 @@ def test_fastai_shows_classes_not_groups(shapes):
 def test_export_holds_no_images(shapes, tmp_path):
     from fastai.learner import load_learner
     learn = domain_learner(shapes(size=64), torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2)))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    tracked = learn.track_domains
+    assert tracked.curve and not tracked.right + tracked.targets + tracked.domains + tracked.train_right + tracked.train_targets
     learn.path = tmp_path
     learn.export('a.pkl')
     assert (tmp_path/'a.pkl').stat().st_size < 24*64*64*3/2
     again = load_learner(tmp_path/'a.pkl')
     with again.no_bar(): assert again.predict(shapes.folder/'im/0.png')[0] in ('a', 'b')
     assert again.dls.group_names == learn.dls.group_names
+    more = with_augmented(learn.dls, ('light',))
+    assert [*more.tests][0] == 'augmented' and more.group_names == learn.dls.group_names
 
 
 # official layouts

@@ -181,7 +181,10 @@ class DomainLoaders(DataLoaders):
             none = (t[:0].clone() for t in dl.dataset.tensors) # a slice would keep the storage of all
             return dl.new(TensorDataset(*none), shuffle=False)
         train,valid,*tests = map(empty, self.loaders)
-        return type(self)(train, valid, dict(zip(self.tests, tests)), self.vocab, self.path)
+        return self.with_loaders(train, valid, dict(zip(self.tests, tests)))
+
+    def with_loaders(self, train, valid, tests): # other data, named alike
+        return type(self)(train, valid, tests, self.vocab, self.path)
 
 # %% ../../nbs/foundations/02_loaders.ipynb #c0ffee04
 def looking_size(

@@ -205,6 +205,9 @@ class PhotoLoaders(DomainLoaders):
         def empty(dl):
             nothing = TensorDataset(*(t[:0].clone() for t in dl.dataset.tensors))
             return dl.new(nothing, bs=dl.bs, shuffle=False)
+        return self.with_loaders(empty(self.train), empty(self.valid),
+                                 {k: empty(o) for k,o in self.tests.items()})
+
+    def with_loaders(self, train, valid, tests):
         same = {k: getattr(self, k) for k in ('group_names','size','resize','left_out','differs')}
-        return type(self)(empty(self.train), empty(self.valid), {k: empty(o) for k,o in self.tests.items()},
-                          self.vocab, self.path, **same)
+        return type(self)(train, valid, tests, self.vocab, self.path, **same)

@@ -60,4 +60,4 @@ def with_augmented(
     images = torch.cat([augment(x, k, generator(seed, 'augmented', k)) for k in families])
     data = TensorDataset(images, *(o.repeat(len(families), *[1]*(o.ndim-1)) for o in rest))
     tests = dict(augmented=dls.valid.new(data), **dls.tests)
-    return DomainLoaders(dls.train, dls.valid, tests, dls.vocab, dls.path)
+    return dls.with_loaders(dls.train, dls.valid, tests)

@@ -36,7 +36,7 @@ def repeat_wrong(
     take = torch.cat([torch.arange(len(z)), wrong.repeat(times - 1)])
     bs = dls.train.bs if dls.train.bs < len(z) else None
     train = dls.train.new(TensorDataset(*(t[take.to(t.device)] for t in tensors)), bs=bs, balanced=False)
-    return DomainLoaders(train, dls.valid, dls.tests, dls.vocab)
+    return dls.with_loaders(train, dls.valid, dls.tests)
 
 # %% ../../nbs/family/19_groups.ipynb #37f61b24
 def lasso(

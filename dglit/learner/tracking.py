@@ -59,7 +59,8 @@ def accuracy(
 class Answers(EventCallback):
     "Keeps which answers are right on a loader, and the domain of each example."
     order = 61 # after the Recorder (50)
-    def before_validate(self): self.right,self.targets,self.domains = [],[],[]
+    def before_validate(self): self.forget()
+    def forget(self): self.right,self.targets,self.domains = [],[],[]
     def after_batch(self):
         if not self.training: self.look()
     def look(self):
@@ -144,16 +145,20 @@ class TrackDomains(Answers):
     def before_train(self): # ... but not this
         self.begun[-1] = self.epoch
         if not self.checked: self.check_rule() # before the first step; who predicts needs no rule
-        self.train_right,self.train_targets = [],[]
+        self.forget()
         again = self.curve and self.epoch <= self.curve[-1]['epoch'] and not hasattr(self.learn, 'lr_finder')
         if again: self.curve,self.weights = [],None # a new fit
+
+    def forget(self): # an exported Learner is to hold no targets
+        super().forget()
+        self.train_right,self.train_targets = [],[]
 
     def due(self, epoch): return epoch is not None and (epoch % self.every == 0 or epoch == self.n_epoch-1)
 
     def before_validate(self): # `own`: the epoch's own validation, not predictions another callback asks for
         self.own = bool(self.begun) and self.begun[-1] is not None and not hasattr(self.learn, 'gather_preds')
         if self.own and not self.due(self.begun[-1]): raise CancelValidException
-        if self.own: super().before_validate()
+        if self.own: Answers.forget(self)
 
     def after_batch(self):
         if self.training and self.due(self.epoch): self.keep(self.train_right, self.train_targets)
@@ -192,6 +197,7 @@ def after_epoch(self:TrackDomains):
     logged = dict(zip(self.recorder.metric_names[1:-1], map(float, self.recorder.values[-1])))
     if 'valid_loss' not in logged: return # validation was cancelled, as lr_find does
     self.curve.append(self.measured(epoch, logged))
+    self.forget()
     if self.selected == len(self.curve)-1: self.weights = deepcopy(self.model.state_dict())
     if epoch == self.n_epoch-1: self.after_cancel_fit()
 

@@ -88,6 +88,7 @@ def turn_back(self:PAIR):
 @patch
 def before_step(self:PAIR):
     "The authors' second optimizer: momentum 0.9, no weight decay."
-    if self.turned is not None or not self.sgd_lr or not self.begun(): return
-    sgd = partial(torch.optim.SGD, momentum=.9)
-    self.turned,self.learn.opt = self.opt,OptimWrapper(self.splitter(self.model), sgd, lr=self.sgd_lr)
+    if not self.sgd_lr or not self.begun(): return
+    if self.turned is None:
+        self.turned,self.learn.opt = self.opt,OptimWrapper(self.splitter(self.model), torch.optim.SGD)
+    self.opt.set_hypers(lr=self.sgd_lr, mom=.9, wd=0.) # whatever a schedule has set
