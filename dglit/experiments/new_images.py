@@ -47,8 +47,8 @@ def images_in(
         labels = [o.parent.name if known else '' for o in found]
         return where,pd.DataFrame(dict(file=[o.as_posix() for o in found], label=labels, group=''))
     text = read_table(where)
-    for o,option in ((file, 'file'), *((o, 'label or --group') for o in must if o != file)):
-        choose(o, {o: o for o in text.columns}, f'column (--{option})')
+    options = {group: 'group', label: 'label', file: 'file'}
+    for o in (file, *must): choose(o, {o: o for o in text.columns}, f'column (--{options[o]})')
     table = pd.DataFrame(dict(file=text[file], label=text.get(label, ''), group=text.get(group, '')))
     for line,o in table.label[~table.label.isin([*classes, ''])].items():
         raise DataError(f"{where}, line {line}: label {o!r}: the network knows {', '.join(classes)}")
