@@ -6,9 +6,9 @@ Docs: https://dglit.github.io/dglit/family/rows.html.md"""
 
 # %% auto #0
 __all__ = ['WORLD', 'BOTTLENECK', 'FAMILY_RECIPE', 'NOW_IRM', 'SEARCHES', 'LABELS', 'AC_CMNIST', 'FAMILY_SEARCH', 'FEW',
-           'FAMILY_FEW', 'FAMILY_PAIR', 'FAMILY_PAIR_M', 'IRM_10', 'IB_1', 'IB_10', 'FAMILY_FULL', 'ANGLES',
-           'FAMILY_ANGLE', 'TABLES', 'RFC_WORST', 'UNIT_TESTS', 'family_spec', 'official', 'family_row', 'searched',
-           'with_bottleneck', 'few_digits', 'worlds', 'pair_table', 'full_row', 'at_new_angle', 'rfc_row']
+           'FAMILY_FEW', 'FAMILY_PAIR', 'FAMILY_PAIR_M', 'TRIED', 'FAMILY_FULL', 'ANGLES', 'FAMILY_ANGLE', 'TABLES',
+           'RFC_WORST', 'UNIT_TESTS', 'family_spec', 'official', 'family_row', 'searched', 'with_bottleneck',
+           'few_digits', 'worlds', 'pair_table', 'full_row', 'weighted', 'tried_row', 'at_new_angle', 'rfc_row']
 
 # %% ../../nbs/family/21_rows.ipynb #9490b2e4
 from math import nan
@@ -46,10 +46,10 @@ def family_row(name, label, spec, train=(), test=(), grey=(), n=None, rule='last
 
 BOTTLENECK = Part('iberm', weight=1e3, anneal_steps=OFFICIAL['anneal_steps'], by_domain=True)
 FAMILY_RECIPE = Table('family', "The family on Colored MNIST, by IRM's recipe", "Fishr's README, 10 runs", (
-    family_row('erm', 'Plain training (ERM)', family_spec((), PLAIN['hidden'], PLAIN['lr'], wd=2*PLAIN['l2']),
+    family_row('erm', 'Plain training (ERM)', family_spec((), wd=2*OFFICIAL['l2']),
                (86.4, .2), (14.0, .7), (71.0, .7), 10),
     family_row('irm', 'IRM', family_spec(official('irm')), (71.0, .5), (65.6, 1.8), (66.1, .2), 10),
-    family_row('vrex', 'V-REx', family_spec(official('vrex')), (71.7, 1.5), (67.2, 1.5), (68.6, 2.2), 10),
+    family_row('vrex', 'V-REx', family_spec(official('vrex', 4)), (71.7, 1.5), (67.2, 1.5), (68.6, 2.2), 10),
     family_row('fishr', 'Fishr', family_spec(official('fishr', 2)), (71.0, .9), (69.5, 1.0), (70.2, 1.1), 10),
     family_row('hgp', 'Hessian alignment, HGP', family_spec(official('hessian', 2))),
     family_row('hutchinson', 'Hessian alignment, Hutchinson',
@@ -144,12 +144,24 @@ def full_row(name, label, parts, *published):
     return Row(name, label, spec, {'train': Published(), 'valid': Published(), 'test': Published(*published)},
                'last')
 
-IRM_10,IB_1 = Part('irm', weight=10., anneal_steps=0, unbiased=True), Part('iberm', weight=1.)
-IB_10 = Part('iberm', weight=10.) # divided by IRM's weight, as theirs is not
+def weighted(irm=0., ib=0.):
+    "IRM and the bottleneck with weights of the grid."
+    penalty = [Part('irm', weight=irm, anneal_steps=0, unbiased=True)]*(irm > 0)
+    return penalty + [Part('iberm', weight=ib*max(irm, 1.))]*(ib > 0)
+
+TRIED = [dict(ib=o) for o in (.1, 10., 100.)] + [dict(irm=o) for o in (.1, 1.)] + [
+    dict(irm=.1, ib=o) for o in (1., 10.)]
+def tried_row(irm=0., ib=0.):
+    "A row of the grid."
+    name = '-'.join(f'{k}-{v:g}' for k,v in dict(irm=irm, ib=ib).items() if v)
+    label = ', '.join(f'{k} {v:g}' for k,v in {'IRM': irm, 'bottleneck': ib}.items() if v)
+    return full_row(name, label, weighted(irm, ib))
+
 FAMILY_FULL = Table('family-full', 'A colour for each class (CS-CMNIST)', "IB-IRM's paper, Table 4", (
     full_row('erm', 'Plain training (ERM)', (), 60.27, 1.21),
-    full_row('ib-erm', 'IB-ERM', [IB_1], 71.80, .69), full_row('irm', 'IRM', [IRM_10], 61.49, 1.45),
-    full_row('ib-irm', 'IB-IRM', [IRM_10, IB_10], 71.79, .70)))
+    full_row('ib-erm', 'IB-ERM', weighted(ib=1.), 71.80, .69),
+    full_row('irm', 'IRM', weighted(irm=10.), 61.49, 1.45),
+    full_row('ib-irm', 'IB-IRM', weighted(10., 1.), 71.79, .70), *(tried_row(**o) for o in TRIED)))
 
 # %% ../../nbs/family/21_rows.ipynb #r0tatd02
 def at_new_angle(name, label, part=()):
