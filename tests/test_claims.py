@@ -29,7 +29,8 @@ RUNS = {t: read_runs(f) for t, f in FILES.items()}
 ALL = [r for runs in RUNS.values() for r in runs]
 
 
-WHOLE = ('rcl-table2', 'irm-search', 'irm-colored-mnist', 'irm-risks', 'cim-search', 'cim-background-mnist')  # the others have rows that were not run
+WHOLE = ('rcl-table2', 'irm-search', 'irm-colored-mnist', 'irm-risks', 'cim-search', 'cim-background-mnist', 'family', 'family-search', 'family-few',
+         'family-pair', 'family-pair-m')  # the others have rows that were not run
 
 
 def of(table, row): return runs_of(TABLES[table].row(row), ALL)
@@ -355,8 +356,8 @@ def test_every_figure_of_the_prose_is_held():
 
 def test_what_choosing_by_validation_costs():
     t = TABLES['family-search']
-    valid, oracle = ([round(accuracies(t.row(k + end), ALL)['0.9'].mean()) for k in ('irm', 'vrex', 'fishr', 'hessian', 'iga')] for end in ('', '-oracle'))
-    assert (min(valid), max(valid), min(oracle), max(oracle)) == (16, 31, 69, 70)
+    valid, oracle = ([round(accuracies(t.row(k + end), ALL)['0.9'].mean()) for k in ('irm', 'vrex', 'fishr', 'hessian', 'iga', 'birm', 'ib-irm')] for end in ('', '-oracle'))
+    assert (min(valid), max(valid), min(oracle), max(oracle)) == (16, 34, 66, 70)
 
 
 def test_how_long_table_2_takes():
