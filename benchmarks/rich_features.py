@@ -1,7 +1,7 @@
 """RFC's table: five starts, six ways on from each, the worst of three tests; a JSON file a training, which is not done twice.
 
 Usage: python benchmarks/rich_features.py FOLDER [--jobs 1] [--seeds 5] [--n N] [--bs N --divide 1] [--columns ...] [--digits mnist], and then
-python benchmarks/rich_features.py FOLDER --csv nbs/results: what the folder holds as the page's two tables."""
+python benchmarks/rich_features.py FOLDER --csv nbs/results: what the folder and those in it hold (one for each --weight, say) as the page's two tables."""
 import argparse, json, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -130,12 +130,12 @@ def write_tables(folder, results):
     "Curves, thinned out, and what the rounds of discovery answer."
     import pandas as pd
     order, curves, rounds = list(COLUMNS), [], []
-    found = sorted((json.loads(f.read_text()) for f in Path(folder).glob('*.json')), key=lambda o: (order.index(o['column']), o['method'], o['seed']))
+    found = sorted((json.loads(f.read_text()) for f in Path(folder).rglob('*.json')), key=lambda o: (order.index(o['column']), o['method'], o['weight'], o['seed']))
     for o in found:
         every = 50 if o['steps'] < 1500 else 100 if o['steps'] < 4000 else 500
         kept = [r for r in o['curve'] if r[0] % every == 0 or r is o['curve'][-1]]
-        curves += [dict(column=o['column'], method=o['method'], seed=o['seed'], step=r[0], train=r[1], **dict(zip(o['tests'], r[2:]))) for r in kept]
-    for f in sorted(Path(folder).glob('start-*.pt')):
+        curves += [dict(column=o['column'], method=o['method'], weight=o['weight'], bs=o['bs'] or 'all', seed=o['seed'], step=r[0], train=r[1], **dict(zip(o['tests'], r[2:]))) for r in kept]
+    for f in sorted(Path(folder).rglob('start-*.pt')):
         _, world, seed = f.stem.split('-')
         o = torch.load(f)
         rounds.append(dict(world=world, seed=int(seed), round1=o['rounds'][0], round2=o['rounds'][1], **o['alone']))
