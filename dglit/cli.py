@@ -446,7 +446,7 @@ def main():
     except SystemExit as e:
         if e.code != 130: raise
         sys.stdout.flush()
-        print('dglit: interrupted. What was written is kept; the same command goes on', file=sys.stderr,
+        print('dglit: interrupted. What is finished is kept, and the same command goes on after it', file=sys.stderr,
               flush=True)
         os._exit(130) # threads may be at work
     except Exception as e:
