@@ -1,4 +1,5 @@
 """RFC's table: five starts, six ways on from each, the worst of three tests; a JSON file a training, which is not done twice.
+In "erm" the penalty begins after some steps, in one Adam; in "anew", which RFC has not, in an Adam of its own.
 
 Usage: python benchmarks/rich_features.py FOLDER [--jobs 1] [--seeds 5] [--n N] [--bs N --divide 1] [--columns ...] [--digits mnist], and then
 python benchmarks/rich_features.py FOLDER --csv nbs/results: what the folder and those in it hold (one for each --weight, say) as the page's two tables."""
@@ -26,14 +27,14 @@ from dglit.methods.irm import IRM, VREx
 from dglit.methods.spectral_decoupling import SpectralDecoupling
 from dglit.models.mlp import MLP
 
-LR, HIDDEN, PRETRAINED = 5e-4, [390, 390], 190
+LR, HIDDEN, ANNEALED, PRETRAINED = 5e-4, [390, 390], 200, 190
 WORLDS = dict(plain=dict(l2=1.1e-3, steps=(51, 501, 501), then=1001, irm=3001), inverse=dict(l2=1e-4, steps=(151, 401, 501), then=2001, irm=10_001))
-COLUMNS = dict(rand='plain', erm='plain', rfc='plain', frozen='plain', inverse='inverse')  # the last two: features stay as they are
+COLUMNS = dict(rand='plain', erm='plain', anew='plain', rfc='plain', frozen='plain', inverse='inverse')  # the last two: features stay as they are
 
 
-def methods_of(weight, l2):
+def methods_of(weight, l2, begin=0):
     "Risks and penalties are means over the two environments here, sums there, and V-REx's variance is unbiased there: of weights IRM's is halved."
-    now = dict(anneal_steps=0)
+    now = dict(anneal_steps=begin)
     return dict(irm=lambda: IRM(weight/2, **now, l2=l2/2), vrex=lambda: VREx(weight, **now, l2=l2/2), iga=lambda: IGA(weight, **now, l2=l2/2),
                 fishr=lambda: Fishr(weight, **now, l2=l2/2), uncentered=lambda: Fishr(weight, **now, l2=l2/2, centered=False),
                 sd=lambda: SpectralDecoupling(weight/100), erm=lambda: ())
@@ -98,11 +99,12 @@ def on(column, name, seed, args):
     model, l2 = network(dls).to(dls.device), o['l2']
     kept = torch.load(Path(args.folder)/f'start-{world}-{seed}.pt') if column in ('rfc', 'frozen', 'inverse') else {}
     if kept: model.load_state_dict(kept['model'])
-    if column == 'erm': fit_plain(dls, model, (), max(PRETRAINED//args.divide, 2), LR, l2)
+    if column == 'anew': fit_plain(dls, model, (), max(PRETRAINED//args.divide, 2), LR, l2)
     if column in ('frozen', 'inverse'): dls, model = stored_features(model, dls), model.head
-    methods = methods_of(args.weight, l2)[name]()
-    steps, look = max((o['irm'] if name == 'irm' else o['then'])//args.divide, 2), Worst(max(50//args.divide, 1))
-    half = precision_on(dls.device) == 'bf16' and column in ('rand', 'erm', 'rfc')  # where the whole network is trained
+    methods = methods_of(args.weight, l2, ANNEALED if column == 'erm' else 0)[name]()
+    longer = name == 'irm' and column not in ('rand', 'erm')
+    steps, look = max((o['irm'] if longer else o['then'])//args.divide, 2), Worst(max(50//args.divide, 1))
+    half = precision_on(dls.device) == 'bf16' and column in ('rand', 'erm', 'anew', 'rfc')  # where the whole network is trained
     wd = dict(erm=2*l2, sd=l2).get(name, 0.)  # plain training's risk is a mean there, too; the others' are sums
     learn = Learner(dls, model, BCEWithLogitsLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.Adam), lr=LR, wd=wd,
                     cbs=[TakeDomain(), TrainOnly(), look, *([methods] if methods else []), *([BFloat16()] if half else [])])
@@ -115,8 +117,8 @@ def on(column, name, seed, args):
 
 
 def names_of(column):
-    "RFC's Fishr does not subtract the mean; where features are stored, and steps cheap, Fishr's own runs too."
-    return [k for k in methods_of(1., 0.) if k != 'fishr' or column in ('frozen', 'inverse')]
+    "RFC's Fishr does not subtract the mean; where features are stored, and steps cheap, Fishr's own runs too. What has no weight before has no 'erm'."
+    return [k for k in methods_of(1., 0.) if (k != 'fishr' or column in ('frozen', 'inverse')) and (k not in ('sd', 'erm') or column != 'erm')]
 
 
 def begin():
@@ -152,8 +154,8 @@ def main():
     Path(args.folder).mkdir(parents=True, exist_ok=True)
     seeds, lost = range(args.seeds), 0
     with ProcessPoolExecutor(args.jobs, get_context('spawn'), begin) as pool:
-        starts = {w: [pool.submit(start, w, s, args) for s in seeds] for w in {COLUMNS[c] for c in args.columns if c not in ('rand', 'erm')}}
-        free = [pool.submit(on, c, m, s, args) for s in seeds for c in ('rand', 'erm') if c in args.columns for m in names_of(c)]
+        starts = {w: [pool.submit(start, w, s, args) for s in seeds] for w in {COLUMNS[c] for c in args.columns if c in ('inverse', 'rfc', 'frozen')}}
+        free = [pool.submit(on, c, m, s, args) for s in seeds for c in ('rand', 'erm', 'anew') if c in args.columns for m in names_of(c)]
         for o in (o for each in starts.values() for o in each): o.result()
         free += [pool.submit(on, c, m, s, args) for s in seeds for c in ('inverse', 'rfc', 'frozen') if c in args.columns for m in names_of(c)]
         for o in as_completed(free):
