@@ -1,4 +1,4 @@
-"""Features that vary little, and a penalty that overfitting cannot hide.
+"""Features that vary little, and a penalty that looks at more scales than one.
 
 Docs: https://dglit.github.io/dglit/family/bottleneck_methods.html.md"""
 

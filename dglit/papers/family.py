@@ -149,8 +149,7 @@ def weighted(irm=0., ib=0.):
     penalty = [Part('irm', weight=irm, anneal_steps=0, unbiased=True)]*(irm > 0)
     return penalty + [Part('iberm', weight=ib*max(irm, 1.))]*(ib > 0)
 
-TRIED = [dict(ib=o) for o in (.1, 10., 100.)] + [dict(irm=o) for o in (.1, 1.)] + [
-    dict(irm=.1, ib=o) for o in (1., 10.)]
+TRIED = dict(ib=10.), dict(ib=100.), dict(irm=.1), dict(irm=.1, ib=10.)
 def tried_row(irm=0., ib=0.):
     "A row of the grid."
     name = '-'.join(f'{k}-{v:g}' for k,v in dict(irm=irm, ib=ib).items() if v)
