@@ -446,8 +446,8 @@ def main():
     except SystemExit as e:
         if e.code != 130: raise
         sys.stdout.flush()
-        print('dglit: interrupted. What is finished is kept, and the same command goes on after it', file=sys.stderr,
-              flush=True)
+        print('dglit: interrupted. What is finished is kept, and the same command goes on after it',
+              file=sys.stderr, flush=True)
         os._exit(130) # threads may be at work
     except Exception as e:
         from dglit.core import DglitError, shown

@@ -8,7 +8,7 @@ Docs: https://dglit.github.io/dglit/family/rows.html.md"""
 __all__ = ['WORLD', 'BOTTLENECK', 'FAMILY_RECIPE', 'NOW_IRM', 'SEARCHES', 'LABELS', 'AC_CMNIST', 'FAMILY_SEARCH', 'FEW',
            'FAMILY_FEW', 'FAMILY_PAIR', 'FAMILY_PAIR_M', 'TRIED', 'FAMILY_FULL', 'ANGLES', 'FAMILY_ANGLE', 'TABLES',
            'RFC_WORST', 'UNIT_TESTS', 'family_spec', 'official', 'family_row', 'searched', 'with_bottleneck',
-           'few_digits', 'worlds', 'pair_table', 'full_row', 'weighted', 'tried_row', 'at_new_angle', 'rfc_row']
+           'few_digits', 'worlds', 'pair_table', 'full_row', 'weighted', 'at_new_angle', 'rfc_row']
 
 # %% ../../nbs/family/21_rows.ipynb #9490b2e4
 from math import nan
@@ -144,23 +144,22 @@ def full_row(name, label, parts, *published):
     return Row(name, label, spec, {'train': Published(), 'valid': Published(), 'test': Published(*published)},
                'last')
 
+# %% ../../nbs/family/21_rows.ipynb #fullwgt0
 def weighted(irm=0., ib=0.):
     "IRM and the bottleneck with weights of the grid."
     penalty = [Part('irm', weight=irm, anneal_steps=0, unbiased=True)]*(irm > 0)
     return penalty + [Part('iberm', weight=ib*max(irm, 1.))]*(ib > 0)
 
-TRIED = dict(ib=10.), dict(ib=100.), dict(irm=.1), dict(irm=.1, ib=10.)
-def tried_row(irm=0., ib=0.):
-    "A row of the grid."
-    name = '-'.join(f'{k}-{v:g}' for k,v in dict(irm=irm, ib=ib).items() if v)
-    label = ', '.join(f'{k} {v:g}' for k,v in {'IRM': irm, 'bottleneck': ib}.items() if v)
-    return full_row(name, label, weighted(irm, ib))
-
+# %% ../../nbs/family/21_rows.ipynb #fullgrid
+TRIED = {'ib-10': ('IB-ERM, weight 10', dict(ib=10.)), 'ib-100': ('IB-ERM, weight 100', dict(ib=100.)),
+         'irm-0.1': ('IRM, weight 0.1', dict(irm=.1)),
+         'irm-0.1-ib-10': ('IB-IRM, weights 0.1 and 10', dict(irm=.1, ib=10.))}
 FAMILY_FULL = Table('family-full', 'A colour for each class (CS-CMNIST)', "IB-IRM's paper, Table 4", (
     full_row('erm', 'Plain training (ERM)', (), 60.27, 1.21),
     full_row('ib-erm', 'IB-ERM', weighted(ib=1.), 71.80, .69),
     full_row('irm', 'IRM', weighted(irm=10.), 61.49, 1.45),
-    full_row('ib-irm', 'IB-IRM', weighted(10., 1.), 71.79, .70), *(tried_row(**o) for o in TRIED)))
+    full_row('ib-irm', 'IB-IRM', weighted(10., 1.), 71.79, .70),
+    *(full_row(k, label, weighted(**o)) for k,(label,o) in TRIED.items())))
 
 # %% ../../nbs/family/21_rows.ipynb #r0tatd02
 def at_new_angle(name, label, part=()):
