@@ -30,6 +30,7 @@ from dglit.models.mlp import MLP
 LR, HIDDEN, ANNEALED, PRETRAINED = 5e-4, [390, 390], 200, 190
 WORLDS = dict(plain=dict(l2=1.1e-3, steps=(51, 501, 501), then=1001, irm=3001), inverse=dict(l2=1e-4, steps=(151, 401, 501), then=2001, irm=10_001))
 COLUMNS = dict(rand='plain', erm='plain', anew='plain', rfc='plain', frozen='plain', inverse='inverse')  # the last two: features stay as they are
+FOUND = 'inverse', 'rfc', 'frozen'  # which begin with the rounds' features
 
 
 def methods_of(weight, l2, begin=0):
@@ -97,14 +98,14 @@ def on(column, name, seed, args):
     o, dls = WORLDS[world], loaders(world, seed, args)
     set_seed(seed)
     model, l2 = network(dls).to(dls.device), o['l2']
-    kept = torch.load(Path(args.folder)/f'start-{world}-{seed}.pt') if column in ('rfc', 'frozen', 'inverse') else {}
+    kept = torch.load(Path(args.folder)/f'start-{world}-{seed}.pt') if column in FOUND else {}
     if kept: model.load_state_dict(kept['model'])
     if column == 'anew': fit_plain(dls, model, (), max(PRETRAINED//args.divide, 2), LR, l2)
     if column in ('frozen', 'inverse'): dls, model = stored_features(model, dls), model.head
     methods = methods_of(args.weight, l2, ANNEALED if column == 'erm' else 0)[name]()
     longer = name == 'irm' and column not in ('rand', 'erm')
     steps, look = max((o['irm'] if longer else o['then'])//args.divide, 2), Worst(max(50//args.divide, 1))
-    half = precision_on(dls.device) == 'bf16' and column in ('rand', 'erm', 'anew', 'rfc')  # where the whole network is trained
+    half = precision_on(dls.device) == 'bf16' and column not in ('frozen', 'inverse')  # where the whole network is trained
     wd = dict(erm=2*l2, sd=l2).get(name, 0.)  # plain training's risk is a mean there, too; the others' are sums
     learn = Learner(dls, model, BCEWithLogitsLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.Adam), lr=LR, wd=wd,
                     cbs=[TakeDomain(), TrainOnly(), look, *([methods] if methods else []), *([BFloat16()] if half else [])])
@@ -154,10 +155,10 @@ def main():
     Path(args.folder).mkdir(parents=True, exist_ok=True)
     seeds, lost = range(args.seeds), 0
     with ProcessPoolExecutor(args.jobs, get_context('spawn'), begin) as pool:
-        starts = {w: [pool.submit(start, w, s, args) for s in seeds] for w in {COLUMNS[c] for c in args.columns if c in ('inverse', 'rfc', 'frozen')}}
-        free = [pool.submit(on, c, m, s, args) for s in seeds for c in ('rand', 'erm', 'anew') if c in args.columns for m in names_of(c)]
+        starts = {w: [pool.submit(start, w, s, args) for s in seeds] for w in {COLUMNS[c] for c in args.columns if c in FOUND}}
+        free = [pool.submit(on, c, m, s, args) for s in seeds for c in COLUMNS if c in args.columns and c not in FOUND for m in names_of(c)]
         for o in (o for each in starts.values() for o in each): o.result()
-        free += [pool.submit(on, c, m, s, args) for s in seeds for c in ('inverse', 'rfc', 'frozen') if c in args.columns for m in names_of(c)]
+        free += [pool.submit(on, c, m, s, args) for s in seeds for c in FOUND if c in args.columns for m in names_of(c)]
         for o in as_completed(free):
             try: print(o.result(), flush=True)
             except Exception as e: lost += 1; print(f'{type(e).__name__}: {e}', flush=True)

@@ -30,7 +30,7 @@ ALL = [r for runs in RUNS.values() for r in runs]
 
 
 WHOLE = ('rcl-table2', 'irm-search', 'irm-colored-mnist', 'irm-risks', 'cim-search', 'cim-background-mnist', 'family', 'family-search', 'family-few',
-         'family-pair', 'family-pair-m')  # the others have rows that were not run
+         'family-pair', 'family-pair-m', 'family-full', 'family-angle')  # the others have rows that were not run
 
 
 def of(table, row): return runs_of(TABLES[table].row(row), ALL)

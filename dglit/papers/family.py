@@ -16,7 +16,7 @@ from math import nan
 from ..experiments.search import Oracle, Search
 from ..experiments.spec import Part, Spec
 from ..experiments.tables import Published, Row, Table
-from .irm import OFFICIAL, PLAIN, SPACE
+from .irm import OFFICIAL, SPACE
 
 # %% ../../nbs/family/21_rows.ipynb #eed0eae4
 WORLD = Part('colored_mnist_three', tests=(.9,), grey=True)
@@ -145,8 +145,11 @@ def full_row(name, label, parts, *published):
                'last')
 
 # %% ../../nbs/family/21_rows.ipynb #fullwgt0
-def weighted(irm=0., ib=0.):
-    "IRM and the bottleneck with weights of the grid."
+def weighted(
+    irm:float=0., # Weight of IRM's penalty; 0: without
+    ib:float=0. # Weight of the bottleneck; 0: without
+) -> list: # Methods
+    "IRM, the bottleneck, or both, with weights of the authors' grid."
     penalty = [Part('irm', weight=irm, anneal_steps=0, unbiased=True)]*(irm > 0)
     return penalty + [Part('iberm', weight=ib*max(irm, 1.))]*(ib > 0)
 
